@@ -1,0 +1,126 @@
+"""The frozen values that the history hands out and takes in; no caller ever sees a database row.
+
+Times are aware UTC, durations seconds, sizes bytes. Everything here is fit to be seen by whoever may
+read the coordinator's database: what a site sent was released on purpose (see `shared.messages`).
+"""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+RunStatus = Literal["pending", "running", "completed", "failed", "stopped"]
+AttemptOutcome = Literal["completed", "failed", "stopped", "lost"]  # lost: died without a word
+Outcome = Literal["ok", "refused", "failed", "timeout"]
+Kind = Literal["join", "train", "evaluate"]
+Part = Literal["train", "validation"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One federated fine-tune, from its first round to its last, over as many attempts as it takes."""
+
+    id: str
+    name: str
+    status: RunStatus
+    config: dict[str, Any]  # the whole configuration, as JSON
+    config_digest: str
+    rounds_planned: int
+    rounds_done: int
+    private: bool  # False: run at epsilon inf; every report says so
+    created_at: datetime
+    finished_at: datetime | None
+    version: str  # of Moonflower
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One process's try at a run. A process that died is a lost attempt, not a lost run."""
+
+    run: str
+    number: int  # from 1
+    engine: str  # "in-process", "flower"
+    started_at: datetime
+    ended_at: datetime | None
+    outcome: AttemptOutcome | None  # None while it runs
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Participation:
+    """What one site did in one round, or why it did not."""
+
+    site: str
+    kind: Kind
+    outcome: Outcome
+    seconds: float
+    bytes_down: int  # to the site
+    bytes_up: int  # from the site
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One score after a round: of the public test set, or of what sites released.
+
+    `low` and `high` bound the score at 95 % where noise was added to it; None where none was. `site` is
+    None for the public test set and for the sum over sites.
+    """
+
+    scope: Literal["test", "validation"]
+    site: str | None
+    name: str  # "accuracy", "f1", "loss", "auc" ...
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Spend:
+    """A site's privacy after a round, as the site reports it (its own ledger is the authority).
+
+    `epsilon` is the run's so far, composed over all releases of this part; inf without privacy.
+    """
+
+    site: str
+    dataset: str
+    part: Part
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int  # noised sums released in this round
+    budget: float  # the epsilon planned for the whole run
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The global trainable arrays after a round, as a file named by its own SHA-256."""
+
+    digest: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """A committed round: all of it is in the database, its checkpoint on disk, or it did not happen."""
+
+    run: str
+    number: int  # from 1
+    attempt: int
+    phase: str  # "warm_start", "training"
+    started_at: datetime
+    seconds: float
+    checkpoint: Checkpoint
+    participations: tuple[Participation, ...] = field(default=(), repr=False)
+    metrics: tuple[Metric, ...] = field(default=(), repr=False)
+    spends: tuple[Spend, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a person may want to know about a run: an attempt, a refusal, a resume."""
+
+    run: str
+    at: datetime
+    level: Literal["info", "warning", "error"]
+    text: str
