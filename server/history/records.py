@@ -13,6 +13,7 @@ AttemptOutcome = Literal["completed", "failed", "stopped", "lost"]  # lost: died
 Outcome = Literal["ok", "refused", "failed", "timeout"]
 Kind = Literal["join", "train", "evaluate"]
 Part = Literal["train", "validation"]
+EventLevel = Literal["info", "warning", "error"]
 
 
 @dataclass(frozen=True)
@@ -122,5 +123,5 @@ class Event:
 
     run: str
     at: datetime
-    level: Literal["info", "warning", "error"]
+    level: EventLevel
     text: str

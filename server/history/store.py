@@ -1,0 +1,237 @@
+"""The history: every round, metric and unit of privacy spent, in SQLite or PostgreSQL.
+
+`History` holds the only sessions. What it takes and gives are the frozen values of `records`; what the
+database says goes in `reads` and `writes`. A round is in here whole, or it did not happen.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from server.history import reads, schema, writes
+from server.history.engine import WRITES, connect, explain, is_memory, parse_url
+from server.history.models import MetricRow, ParticipationRow, SpendRow
+from server.history.records import (
+    Attempt,
+    AttemptOutcome,
+    Event,
+    EventLevel,
+    Metric,
+    Participation,
+    Round,
+    Run,
+    RunStatus,
+    Spend,
+)
+
+
+class History:
+    """An open history; a context manager. Threads may share it, processes open their own.
+
+    Reads take a run's id or a prefix of it that fits no other run, and raise NotFoundError when no run
+    fits; writes take the whole id. Any method raises DatabaseError when the database fails. `limit`
+    keeps the newest values, which still come in the order in which they happened; None keeps all.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._writer = engine.execution_options(**WRITES)
+        self._turn = threading.Lock() if is_memory(engine.url) else None
+
+    @classmethod
+    def open(cls, url: str, *, upgrade: bool = False, create: bool = True) -> Self:
+        """Open the history at `url`.
+
+        Parameters
+        ----------
+        url : str
+            ``sqlite:///PATH``, ``sqlite://`` (in memory) or ``postgresql://USER:PASSWORD@HOST/NAME``.
+        upgrade : bool
+            Bring an older schema up to this version's instead of refusing it.
+        create : bool
+            Make a missing or empty database; without it, that is an error.
+
+        Raises
+        ------
+        DatabaseError
+            It cannot be reached or read, its schema is another version's, or its folder is missing.
+        """
+        engine = connect(parse_url(url))
+        try:
+            schema.prepare(engine, upgrade=upgrade, create=create)
+        except BaseException:
+            engine.dispose()
+            raise
+        return cls(engine)
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _session(self, *, writing: bool = False) -> Iterator[Session]:
+        """Open a transaction; commit at the end, roll back on any error, and explain the database's own."""
+        if self._turn:  # the database in memory is one connection, which threads take in turn
+            self._turn.acquire()
+        try:
+            with Session(self._writer if writing else self._engine) as session, session.begin():
+                yield session
+        except SQLAlchemyError as error:
+            raise explain(error, self._engine.url) from error
+        finally:
+            if self._turn:
+                self._turn.release()
+
+    def create_run(
+        self,
+        run_id: str,
+        *,
+        name: str,
+        config: dict[str, Any],
+        config_digest: str,
+        rounds_planned: int,
+        private: bool,
+        version: str,
+    ) -> Run:
+        """Enter a new run, pending; raise ConfigError if its id is taken."""
+        values: dict[str, Any] = {"name": name, "config": config, "config_digest": config_digest}
+        values |= {"rounds_planned": rounds_planned, "private": private, "version": version}
+        with self._session(writing=True) as session:
+            writes.create_run(session, run_id, values)
+            return reads.runs(session, run_id, None)[0]
+
+    def start_attempt(self, run_id: str, *, engine: str) -> Attempt:
+        """Take the run over: older attempts that never ended are lost and can commit nothing more.
+
+        Raises ConfigError if the run is completed, NotFoundError if there is none.
+        """
+        with self._session(writing=True) as session:
+            return writes.start_attempt(session, run_id, engine)
+
+    def end_attempt(
+        self, run_id: str, number: int, outcome: AttemptOutcome, error: str | None = None
+    ) -> None:
+        """Close an attempt. One that is closed already (lost, superseded) stays as it is."""
+        with self._session(writing=True) as session:
+            writes.end_attempt(session, run_id, number, outcome, error)
+
+    def finish_run(self, run_id: str, status: RunStatus, *, attempt: int | None = None) -> None:
+        """Set the run to completed, failed or stopped.
+
+        With `attempt`, only if that is still the run's newest: RunFailedError otherwise, so that a process
+        that was superseded cannot end the run for the one that goes on.
+        """
+        with self._session(writing=True) as session:
+            writes.finish_run(session, run_id, status, attempt)
+
+    def commit_round(self, round: Round) -> None:
+        """Write a round, its participations, metrics, spends and checkpoint in one transaction.
+
+        Raises
+        ------
+        RunFailedError
+            The round is not the run's next, or its attempt has ended or was superseded. Nothing was
+            written.
+        """
+        with self._session(writing=True) as session:
+            writes.commit_round(session, round)
+
+    def add_event(self, run_id: str, level: EventLevel, text: str) -> None:
+        """Note something that a person may want to know."""
+        with self._session(writing=True) as session:
+            writes.add_event(session, reads.resolve(session, run_id), level, text)
+
+    def run(self, run_id: str) -> Run:
+        """Give one run."""
+        with self._session() as session:
+            return reads.runs(session, reads.resolve(session, run_id), None)[0]
+
+    def runs(self, *, limit: int | None = None) -> list[Run]:
+        """Give the runs, newest first."""
+        with self._session() as session:
+            return reads.runs(session, None, limit)
+
+    def attempts(self, run_id: str) -> list[Attempt]:
+        """Give a run's attempts."""
+        with self._session() as session:
+            return reads.attempts(session, reads.resolve(session, run_id))
+
+    def last_round(self, run_id: str) -> Round | None:
+        """Give the last committed round with all its parts; None before the first."""
+        with self._session() as session:
+            return reads.last_round(session, reads.resolve(session, run_id))
+
+    def rounds(
+        self, run_id: str, *, round_number: int | None = None, limit: int | None = None
+    ) -> list[Round]:
+        """Give a run's rounds, without participations, metrics and spends (see their own readers)."""
+        with self._session() as session:
+            return reads.rounds(session, reads.resolve(session, run_id), round_number, limit)
+
+    def participations(
+        self,
+        run_id: str,
+        *,
+        site: str | None = None,
+        round_number: int | None = None,
+        limit: int | None = None,
+    ) -> list[tuple[int, Participation]]:
+        """Give (round number, participation) pairs."""
+        with self._session() as session:
+            key = reads.resolve(session, run_id)
+            where = reads.Where(key, site, round_number, limit)
+            return reads.parts(session, ParticipationRow, Participation, where)
+
+    def metrics(
+        self,
+        run_id: str,
+        *,
+        site: str | None = None,
+        round_number: int | None = None,
+        limit: int | None = None,
+    ) -> list[tuple[int, Metric]]:
+        """Give (round number, metric) pairs."""
+        with self._session() as session:
+            key = reads.resolve(session, run_id)
+            where = reads.Where(key, site, round_number, limit)
+            return reads.parts(session, MetricRow, Metric, where)
+
+    def spends(
+        self,
+        run_id: str,
+        *,
+        site: str | None = None,
+        round_number: int | None = None,
+        limit: int | None = None,
+    ) -> list[tuple[int, Spend]]:
+        """Give (round number, spend) pairs."""
+        with self._session() as session:
+            key = reads.resolve(session, run_id)
+            where = reads.Where(key, site, round_number, limit)
+            return reads.parts(session, SpendRow, Spend, where)
+
+    def events(self, run_id: str, *, limit: int | None = None) -> list[Event]:
+        """Give a run's events."""
+        with self._session() as session:
+            return reads.events(session, reads.resolve(session, run_id), limit)
+
+    @staticmethod
+    def upgrade(url: str) -> None:
+        """Bring the database at `url` to this version's schema, making it if it is missing."""
+        schema.upgrade(url)
+
+    @staticmethod
+    def current_revision(url: str) -> str | None:
+        """Give the schema revision of the database at `url`; None where there is no history."""
+        return schema.current_revision(url)
