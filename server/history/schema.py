@@ -4,6 +4,7 @@ Migrations alone make tables, so a fresh database and an upgraded one cannot dif
 only where there is something to migrate; the everyday check is one small query.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +25,16 @@ LOCK = 0x6D6F6F6E  # of PostgreSQL's advisory locks, for whoever makes or upgrad
 State = Literal["empty", "foreign", "older", "newest", "newer"]
 
 
+@dataclass(frozen=True)
+class Status:
+    """What schema a database has. `place` is its URL without the password."""
+
+    place: str
+    state: State
+    revision: str | None
+    newest: str = NEWEST
+
+
 def alembic_config(connection: Connection) -> "Config":
     """Make Alembic's configuration; there is no alembic.ini to keep in step."""
     from alembic.config import Config
@@ -34,8 +45,8 @@ def alembic_config(connection: Connection) -> "Config":
     return config
 
 
-def current_revision(url: str) -> str | None:
-    """Give the revision of the database at `url`; None where there is no history yet.
+def status(url: str) -> Status:
+    """Look at the database at `url`, without making or changing anything.
 
     Raises
     ------
@@ -45,11 +56,11 @@ def current_revision(url: str) -> str | None:
     place = parse_url(url)
     file = file_of(place)
     if file is not None and not file.exists():
-        return None  # to look must not make it
+        return Status(masked(place), "empty", None)
     engine = connect(place)
     try:
         with engine.connect() as connection:
-            return revision(connection)
+            return Status(masked(place), state(connection), revision(connection))
     except SQLAlchemyError as error:
         raise explain(error, place) from error
     finally:

@@ -234,4 +234,4 @@ class History:
     @staticmethod
     def current_revision(url: str) -> str | None:
         """Give the schema revision of the database at `url`; None where there is no history."""
-        return schema.current_revision(url)
+        return schema.status(url).revision

@@ -1,0 +1,281 @@
+"""The commands `moonflower history` and `moonflower database`: parse, ask the history, print.
+
+The history and its database driver are imported by the command that needs them, so that `--help` stays
+quick.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from server.listing import Format, Row, show
+from shared.errors import NotFoundError
+from shared.paths import default_database
+
+if TYPE_CHECKING:
+    from server.history.records import Run
+    from server.history.store import History
+
+Command = Callable[..., None]
+NEWEST = 100  # rows, unless --limit says otherwise
+NO_PRIVACY = "∞ (no privacy)"
+
+_database = click.option(
+    "--database",
+    metavar="URL",
+    default=default_database,
+    help="The history's database; by default $MOONFLOWER_DATABASE, else history.db in Moonflower's home.",
+)
+_format = click.option(
+    "--format",
+    "style",
+    type=click.Choice(["table", "json", "csv"]),
+    default="table",
+    show_default=True,
+    help="How to print.",
+)
+_limit = click.option(
+    "--limit",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=NEWEST,
+    show_default=True,
+    help="Show the newest N rows; 0 shows all.",
+)
+_site = click.option("--site", help="Only this site.")
+_round = click.option(
+    "--round", "round_number", metavar="N", type=click.IntRange(min=1), help="Only this round."
+)
+_run = click.argument("run_id", metavar="RUN")
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    every: list[Callable[[Command], Command]] = [*options, _limit, _format, _database]
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(every):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@click.group()
+def history() -> None:
+    """Show what runs did: rounds, scores, who took part, and privacy spent.
+
+    RUN is a run's id, a beginning of it that fits no other run, or `last`.
+
+    Example: moonflower history rounds last
+    """
+
+
+@history.command()
+@_options()
+def runs(database: str, style: Format, limit: int) -> None:
+    """List the runs, newest first.
+
+    Example: moonflower history runs --limit 5
+    """
+    with _open(database) as store:
+        found = store.runs(limit=_one_more(limit))
+    rows = [_run_row(run) for run in found]
+    columns = [
+        "run",
+        "name",
+        "status",
+        "rounds_done",
+        "rounds_planned",
+        "privacy",
+        "created_at",
+        "finished_at",
+    ]
+    kept = rows[:limit] if limit else rows
+    show(kept, columns, style, title="Runs, newest first", note=_note(rows, limit))
+
+
+@history.command()
+@_options(_run, _round)
+def rounds(run_id: str, round_number: int | None, database: str, style: Format, limit: int) -> None:
+    """List a run's committed rounds and their checkpoints.
+
+    Example: moonflower history rounds last --format csv
+    """
+    with _open(database) as store:
+        run = _find(store, run_id)
+        found = store.rounds(run.id, round_number=round_number, limit=_one_more(limit))
+    rows: list[Row] = [
+        {
+            "round": each.number,
+            "attempt": each.attempt,
+            "phase": each.phase,
+            "started_at": each.started_at,
+            "seconds": each.seconds,
+            "checkpoint": each.checkpoint.digest,
+            "bytes": each.checkpoint.bytes,
+        }
+        for each in found
+    ]
+    _print(run, "rounds", rows, style, limit)
+
+
+@history.command()
+@_options(_run, _site, _round)
+def metrics(**asked: Any) -> None:
+    """List a run's scores: on the public test set, and of what sites released.
+
+    Example: moonflower history metrics last --round 20
+    """
+    _print_parts("metrics", "scores", **asked)
+
+
+@history.command()
+@_options(_run, _site, _round)
+def participations(**asked: Any) -> None:
+    """List who took part in a run's rounds, and who did not and why.
+
+    Example: moonflower history participations last --site st-marys
+    """
+    _print_parts("participations", "participations", **asked)
+
+
+@history.command()
+@_options(_run, _site, _round)
+def spends(**asked: Any) -> None:
+    """List the privacy that each site had spent after each round, as it reported.
+
+    `epsilon` is the run's so far at that site, not the round's own.
+
+    Example: moonflower history spends last --round 20
+    """
+    _print_parts("spends", "privacy spent", **asked)
+
+
+@history.command()
+@_options(_run)
+def events(run_id: str, database: str, style: Format, limit: int) -> None:
+    """List what happened to a run: attempts, refusals, resumes.
+
+    Example: moonflower history events last
+    """
+    with _open(database) as store:
+        run = _find(store, run_id)
+        found = store.events(run.id, limit=_one_more(limit))
+    rows: list[Row] = [{"at": each.at, "level": each.level, "text": each.text} for each in found]
+    _print(run, "events", rows, style, limit)
+
+
+@click.group()
+def database() -> None:
+    """Look after the history's database.
+
+    Example: moonflower database status
+    """
+
+
+@database.command()
+@_database
+def upgrade(database: str) -> None:
+    """Bring the database to this version's schema; make it if it is missing. Back it up first.
+
+    Example: moonflower database upgrade --database postgresql://moonflower@db.example.org/history
+    """
+    from server.history import schema
+
+    before = schema.status(database)
+    schema.upgrade(database)
+    after = schema.status(database)
+    if before.revision == after.revision:
+        click.echo(f"{after.place}: already at revision {after.revision}.")
+    else:
+        click.echo(
+            f"{after.place}: upgraded from {before.revision or 'nothing'} to revision {after.revision}."
+        )
+
+
+@database.command()
+@_format
+@_database
+def status(database: str, style: Format) -> None:
+    """Say which schema the database has, and whether this version can use it.
+
+    Example: moonflower database status --format json
+    """
+    from server.history import schema
+
+    found = schema.status(database)
+    row = {"database": found.place, "state": found.state, "revision": found.revision, "newest": found.newest}
+    show([row], list(row), style, title="Database")
+
+
+def _open(database: str) -> "History":
+    from server.history.store import History
+
+    return History.open(database, create=False)
+
+
+def _find(store: "History", run_id: str) -> "Run":
+    if run_id != "last":
+        return store.run(run_id)
+    newest = store.runs(limit=1)
+    if not newest:
+        raise NotFoundError("There is no run yet; `moonflower simulate` makes one.")
+    return newest[0]
+
+
+def _one_more(limit: int) -> int | None:
+    return limit + 1 if limit else None  # the one more tells that rows were left out
+
+
+def _note(rows: Sequence[Row], limit: int) -> str:
+    left_out = limit and len(rows) > limit
+    return f"These are the newest {limit} rows; --limit 0 shows all." if left_out else ""
+
+
+def _run_row(run: "Run") -> Row:
+    return {
+        "run": run.id,
+        "name": run.name,
+        "status": run.status,
+        "rounds_done": run.rounds_done,
+        "rounds_planned": run.rounds_planned,
+        "private": run.private,
+        "privacy": "differential" if run.private else NO_PRIVACY,
+        "created_at": run.created_at,
+        "finished_at": run.finished_at,
+        "version": run.version,
+        "config_digest": run.config_digest,
+    }
+
+
+def _print_parts(
+    reader: Literal["metrics", "participations", "spends"],
+    what: str,
+    *,
+    run_id: str,
+    site: str | None,
+    round_number: int | None,
+    database: str,
+    style: Format,
+    limit: int,
+) -> None:
+    with _open(database) as store:
+        run = _find(store, run_id)
+        read: Callable[..., list[tuple[int, object]]] = getattr(store, reader)
+        found = read(run.id, site=site, round_number=round_number, limit=_one_more(limit))
+    _print(run, what, [{"round": number, **vars(each)} for number, each in found], style, limit)
+
+
+def _print(run: "Run", what: str, rows: list[Row], style: Format, limit: int) -> None:
+    kept = rows[-limit:] if limit else rows
+    columns = list(kept[0]) if kept else ["round"]
+    if style == "table":
+        for row in kept:
+            row |= {name: NO_PRIVACY for name in ("epsilon", "budget") if row.get(name) == math.inf}
+    else:
+        kept = [{"run": run.id, "private": run.private, **row} for row in kept]
+    privacy = "with differential privacy" if run.private else f"epsilon {NO_PRIVACY}"
+    title = f"Run {run.id} ({run.name}), {privacy}: {what}"
+    show(kept, columns, style, title=title, note=_note(rows, limit))
