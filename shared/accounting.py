@@ -31,7 +31,7 @@ _STEP_POINTS, _TOTAL_POINTS = 2.0**15, 2.0**19  # about the most points of a ste
 _SMALLEST_NOISE, _LARGEST_NOISE = 2.0**-6, 2.0**20  # where calibration looks
 _NO_NOISE = 1e-6  # an epsilon beyond 10**11; smaller multipliers would overflow
 _SLACK = 1e-3  # calibration stops when this part of epsilon, at most, is left unspent
-_ORDERS = (*range(2, 65), *(1 << k for k in range(7, 15)))  # integers, where the RDP has a positive sum
+_ORDERS: tuple[int, ...] = (*range(2, 65), *(1 << k for k in range(7, 15)))  # integers: positive sums
 
 
 @dataclass(frozen=True)
