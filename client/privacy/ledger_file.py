@@ -1,0 +1,158 @@
+"""The SQLite file under a site's ledger: its schema, its creation, and how a change to it becomes durable.
+
+A file is made whole or not at all, a change is one transaction under the write lock and is on disk when it
+returns (write-ahead log, synchronous FULL), and what went wrong is said in one line.
+"""
+
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from shared.errors import DatabaseError
+
+_APPLICATION, _VERSION = 0x4D6F6F6E, 1  # "Moon"; the version of the schema below
+_BUSY_SECONDS = 30.0  # how long to wait for another process's transaction
+_SCHEMA = """
+CREATE TABLE datasets (
+    id TEXT PRIMARY KEY,
+    delta REAL NOT NULL,
+    rdp_order INTEGER NOT NULL,
+    at TEXT NOT NULL
+);
+CREATE TABLE spends (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    dataset TEXT NOT NULL REFERENCES datasets,
+    run TEXT NOT NULL,
+    request TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    sequence INTEGER NOT NULL,
+    kind TEXT NOT NULL,
+    part TEXT NOT NULL CHECK (part IN ('train', 'validation')),
+    sampling_rate REAL NOT NULL,
+    noise_multiplier REAL NOT NULL,
+    steps INTEGER NOT NULL,
+    rdp REAL NOT NULL CHECK (rdp >= 0),
+    at TEXT NOT NULL,
+    UNIQUE (dataset, run, request)
+);
+CREATE TABLE replies (spend INTEGER PRIMARY KEY REFERENCES spends, reply BLOB NOT NULL);
+CREATE TABLE states (
+    dataset TEXT NOT NULL,
+    run TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    state BLOB NOT NULL,
+    PRIMARY KEY (dataset, run, kind)
+);
+CREATE TRIGGER spends_update BEFORE UPDATE ON spends BEGIN SELECT RAISE (ABORT, 'append-only'); END;
+CREATE TRIGGER spends_delete BEFORE DELETE ON spends BEGIN SELECT RAISE (ABORT, 'append-only'); END;
+CREATE TRIGGER spends_replace BEFORE INSERT ON spends
+WHEN EXISTS (
+    SELECT 1 FROM spends
+    WHERE id = NEW.id OR (dataset = NEW.dataset AND run = NEW.run AND request = NEW.request)
+) BEGIN SELECT RAISE (ABORT, 'append-only'); END;
+CREATE TRIGGER datasets_update BEFORE UPDATE ON datasets BEGIN SELECT RAISE (ABORT, 'append-only'); END;
+CREATE TRIGGER datasets_delete BEFORE DELETE ON datasets BEGIN SELECT RAISE (ABORT, 'append-only'); END;
+CREATE TRIGGER datasets_replace BEFORE INSERT ON datasets
+WHEN EXISTS (SELECT 1 FROM datasets WHERE id = NEW.id) BEGIN SELECT RAISE (ABORT, 'append-only'); END;
+"""
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open the ledger's file, made with mode 0600 if there is none; the caller begins its transactions.
+
+    Raises
+    ------
+    DatabaseError
+        If it is not a ledger of this version, if only its write-ahead log is there, or if it cannot be
+        opened. An empty file is refused too: a ledger that lost its content must not start anew.
+    """
+    with said_in_one_line(path):
+        if not path.exists():
+            _create(path)
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+        connection = sqlite3.connect(
+            f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=_BUSY_SECONDS, isolation_level=None
+        )
+        try:
+            _check(path, connection)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+@contextmanager
+def transaction(path: Path, connection: sqlite3.Connection) -> Iterator[None]:
+    """Hold the write lock; at the end commit durably, and on any error undo everything."""
+    with said_in_one_line(path):
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+
+@contextmanager
+def said_in_one_line(path: Path) -> Iterator[None]:
+    """Raise what SQLite or the file system complains of as a DatabaseError that a person can act on."""
+    try:
+        yield
+    except sqlite3.ProgrammingError:
+        raise  # used from another thread, or after it was closed: a bug
+    except (sqlite3.Error, OSError) as error:
+        raise DatabaseError(
+            f"The ledger {path} cannot be used: {error}. Nothing is sent. See that the file is a ledger, "
+            "that it and its folder can be written, and that the disk has room."
+        ) from error
+
+
+def _check(path: Path, connection: sqlite3.Connection) -> None:
+    def pragma(name: str) -> object:
+        return connection.execute(f"PRAGMA {name}").fetchone()[0]
+
+    application, version = pragma("application_id"), pragma("user_version")
+    if application != _APPLICATION:
+        raise DatabaseError(f"{path} is a database, but not a Moonflower ledger: restore it from a backup.")
+    if version != _VERSION:
+        raise DatabaseError(
+            f"{path} is a ledger of version {version}, and this Moonflower reads version {_VERSION}: run the "
+            "one that made it. The file was not changed."
+        )
+    if pragma("journal_mode") != "wal":
+        raise DatabaseError(f"{path} is on a file system without a write-ahead log: move it to a local disk.")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute(f"PRAGMA user_version = {_VERSION}")  # a write: better refused now than after training
+
+
+def _create(path: Path) -> None:
+    """Write an empty ledger beside its place, sync it, then link it there: whole or not at all."""
+    if (log := Path(f"{path}-wal")).exists():
+        raise DatabaseError(f"{path} is missing, but not {log}: restore both from a backup.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}.new")
+    os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    try:
+        connection = sqlite3.connect(draft, isolation_level=None)
+        try:
+            connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
+            marks = f"PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {_VERSION};"
+            connection.executescript(f"BEGIN; {_SCHEMA} {marks} COMMIT;")
+        finally:
+            connection.close()  # folds the write-ahead log into the file
+        with suppress(FileExistsError):  # another process was faster: its ledger is as good
+            path.hardlink_to(draft)
+    finally:
+        draft.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
