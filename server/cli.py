@@ -6,21 +6,27 @@ quick.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from server.history.records import Metric, Participation, Round, Run, Spend
 from server.listing import Format, Row, show
 from shared.errors import NotFoundError
 from shared.paths import default_database
 
 if TYPE_CHECKING:
-    from server.history.records import Run
     from server.history.store import History
 
 Command = Callable[..., None]
 NEWEST = 100  # rows, unless --limit says otherwise
 NO_PRIVACY = "∞ (no privacy)"
+RUN_COLUMNS = [
+    *("run", "name", "status", "rounds_done", "rounds_planned", "privacy", "created_at", "finished_at"),
+    *("private", "version", "config_digest"),  # not in a table
+]
+ROUND_COLUMNS = ["round", "attempt", "phase", "started_at", "seconds", "checkpoint", "bytes"]
 
 _database = click.option(
     "--database",
@@ -82,18 +88,9 @@ def runs(database: str, style: Format, limit: int) -> None:
     with _open(database) as store:
         found = store.runs(limit=_one_more(limit))
     rows = [_run_row(run) for run in found]
-    columns = [
-        "run",
-        "name",
-        "status",
-        "rounds_done",
-        "rounds_planned",
-        "privacy",
-        "created_at",
-        "finished_at",
-    ]
+    shown = {"table": RUN_COLUMNS[:-3]}.get(style, RUN_COLUMNS)
     kept = rows[:limit] if limit else rows
-    show(kept, columns, style, title="Runs, newest first", note=_note(rows, limit))
+    show(kept, shown, style, title="Runs, newest first", note=_note(rows, limit))
 
 
 @history.command()
@@ -106,19 +103,8 @@ def rounds(run_id: str, round_number: int | None, database: str, style: Format, 
     with _open(database) as store:
         run = _find(store, run_id)
         found = store.rounds(run.id, round_number=round_number, limit=_one_more(limit))
-    rows: list[Row] = [
-        {
-            "round": each.number,
-            "attempt": each.attempt,
-            "phase": each.phase,
-            "started_at": each.started_at,
-            "seconds": each.seconds,
-            "checkpoint": each.checkpoint.digest,
-            "bytes": each.checkpoint.bytes,
-        }
-        for each in found
-    ]
-    _print(run, "rounds", rows, style, limit)
+    rows = [{"round": each.number, **vars(each), **_checkpoint(each)} for each in found]
+    _print(run, "rounds", ROUND_COLUMNS, rows, style, limit)
 
 
 @history.command()
@@ -128,7 +114,7 @@ def metrics(**asked: Any) -> None:
 
     Example: moonflower history metrics last --round 20
     """
-    _print_parts("metrics", "scores", **asked)
+    _print_parts("metrics", Metric, "scores", **asked)
 
 
 @history.command()
@@ -138,7 +124,7 @@ def participations(**asked: Any) -> None:
 
     Example: moonflower history participations last --site st-marys
     """
-    _print_parts("participations", "participations", **asked)
+    _print_parts("participations", Participation, "participations", **asked)
 
 
 @history.command()
@@ -150,7 +136,7 @@ def spends(**asked: Any) -> None:
 
     Example: moonflower history spends last --round 20
     """
-    _print_parts("spends", "privacy spent", **asked)
+    _print_parts("spends", Spend, "privacy spent", **asked)
 
 
 @history.command()
@@ -163,8 +149,7 @@ def events(run_id: str, database: str, style: Format, limit: int) -> None:
     with _open(database) as store:
         run = _find(store, run_id)
         found = store.events(run.id, limit=_one_more(limit))
-    rows: list[Row] = [{"at": each.at, "level": each.level, "text": each.text} for each in found]
-    _print(run, "events", rows, style, limit)
+    _print(run, "events", ["at", "level", "text"], [dict(vars(each)) for each in found], style, limit)
 
 
 @click.group()
@@ -216,7 +201,7 @@ def _open(database: str) -> "History":
     return History.open(database, create=False)
 
 
-def _find(store: "History", run_id: str) -> "Run":
+def _find(store: "History", run_id: str) -> Run:
     if run_id != "last":
         return store.run(run_id)
     newest = store.runs(limit=1)
@@ -234,24 +219,13 @@ def _note(rows: Sequence[Row], limit: int) -> str:
     return f"These are the newest {limit} rows; --limit 0 shows all." if left_out else ""
 
 
-def _run_row(run: "Run") -> Row:
-    return {
-        "run": run.id,
-        "name": run.name,
-        "status": run.status,
-        "rounds_done": run.rounds_done,
-        "rounds_planned": run.rounds_planned,
-        "private": run.private,
-        "privacy": "differential" if run.private else NO_PRIVACY,
-        "created_at": run.created_at,
-        "finished_at": run.finished_at,
-        "version": run.version,
-        "config_digest": run.config_digest,
-    }
+def _run_row(run: Run) -> Row:
+    return {**vars(run), "run": run.id, "privacy": "differential" if run.private else NO_PRIVACY}
 
 
 def _print_parts(
     reader: Literal["metrics", "participations", "spends"],
+    record: type[Metric] | type[Participation] | type[Spend],
     what: str,
     *,
     run_id: str,
@@ -265,17 +239,22 @@ def _print_parts(
         run = _find(store, run_id)
         read: Callable[..., list[tuple[int, object]]] = getattr(store, reader)
         found = read(run.id, site=site, round_number=round_number, limit=_one_more(limit))
-    _print(run, what, [{"round": number, **vars(each)} for number, each in found], style, limit)
+    columns = ["round", *(field.name for field in fields(record))]
+    _print(run, what, columns, [{"round": number, **vars(each)} for number, each in found], style, limit)
 
 
-def _print(run: "Run", what: str, rows: list[Row], style: Format, limit: int) -> None:
+def _checkpoint(round: Round) -> Row:
+    return {"checkpoint": round.checkpoint.digest, "bytes": round.checkpoint.bytes}
+
+
+def _print(run: Run, what: str, columns: list[str], rows: list[Row], style: Format, limit: int) -> None:
     kept = rows[-limit:] if limit else rows
-    columns = list(kept[0]) if kept else ["round"]
     if style == "table":
         for row in kept:
             row |= {name: NO_PRIVACY for name in ("epsilon", "budget") if row.get(name) == math.inf}
     else:
-        kept = [{"run": run.id, "private": run.private, **row} for row in kept]
+        columns = ["run", "private", *columns]
+        kept = [{**row, "run": run.id, "private": run.private} for row in kept]
     privacy = "with differential privacy" if run.private else f"epsilon {NO_PRIVACY}"
     title = f"Run {run.id} ({run.name}), {privacy}: {what}"
     show(kept, columns, style, title=title, note=_note(rows, limit))

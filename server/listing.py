@@ -27,7 +27,7 @@ def show(rows: Sequence[Row], columns: Sequence[str], style: Format, *, title: s
     rows : sequence of dict
         The values, by column.
     columns : sequence of str
-        The columns that a table shows, and the header of a CSV without rows; JSON and CSV give all.
+        Which of them to print, in order.
     style : {"table", "json", "csv"}
         How to print.
     title : str
@@ -37,13 +37,12 @@ def show(rows: Sequence[Row], columns: Sequence[str], style: Format, *, title: s
         standard error otherwise.
     """
     if style == "json":
-        lines = ",\n".join(json.dumps({k: _plain(v) for k, v in row.items()}) for row in rows)
+        lines = ",\n".join(json.dumps({name: _plain(row[name]) for name in columns}) for row in rows)
         click.echo(f"[{lines}]")
     elif style == "csv":
-        names = list(rows[0]) if rows else list(columns)
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(names)
-        writer.writerows([_plain(row[name]) for name in names] for row in rows)
+        writer.writerow(columns)
+        writer.writerows([_plain(row[name]) for name in columns] for row in rows)
     else:
         click.echo(clean(title))
         if rows:

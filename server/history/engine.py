@@ -8,8 +8,8 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, StaticPool, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
 from shared.errors import DatabaseError
 
@@ -24,8 +24,9 @@ REMEDIES = {
     "readonly": "it is read-only for this user; check the permissions of the file and its folder",
     "locked": f"another process has held it for {BUSY_SECONDS} s; end that process or try again",
     "disk is full": "the disk is full; make room and resume the run",
-    "password authentication": "the server refused the user or the password; check both in the URL",
+    "password": "the server refused the user or the password; check both in the URL",
     "does not exist": "the server knows no such database, user or table; check the URL",
+    "resolve host": "the host's name is not known; check the URL",
     "connection": "the server does not answer; check that it runs and that the host and port are right",
 }
 
@@ -72,13 +73,15 @@ def connect(url: URL) -> Engine:
     if url.get_backend_name() == "postgresql":
         # A coordinator waits minutes between rounds; pre_ping replaces what a firewall has cut meanwhile.
         return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 10})
-    options: dict[str, Any] = {"poolclass": StaticPool} if is_memory(url) else {}
+    arguments: dict[str, Any] = {"timeout": BUSY_SECONDS, "check_same_thread": False}
+    pool: dict[str, Any] = {"poolclass": StaticPool} if is_memory(url) else {}
     file = file_of(url)
     if file is not None and not file.absolute().parent.is_dir():
         raise DatabaseError(f"The folder '{file.parent}' of the database does not exist; make it first.")
-    engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS}, **options)
+    engine = create_engine(url, connect_args=arguments, **pool)
     event.listen(engine, "connect", _configure)
     event.listen(engine, "begin", _begin)
+    event.listen(engine, "handle_error", _keep)
     return engine
 
 
@@ -95,9 +98,16 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
+def _keep(context: ExceptionContext) -> None:
+    # After Ctrl-C inside a statement SQLAlchemy drops the connection instead of rolling back, and SQLite
+    # then keeps the lock for as long as the traceback lives: the attempt could not even be ended.
+    context.is_disconnect = False
+
+
 def explain(error: SQLAlchemyError, url: URL) -> DatabaseError:
     """Turn a driver's error into one line with a remedy."""
     said = str(getattr(error, "orig", None) or error).strip()
     first = said.splitlines()[0] if said else type(error).__name__
-    remedy = next((text for sign, text in REMEDIES.items() if sign in said), first)
+    signs = {} if isinstance(error, IntegrityError) else REMEDIES  # that one quotes our own values
+    remedy = next((text for sign, text in signs.items() if sign in said), first)
     return DatabaseError(f"The database {masked(url)}: {remedy}.")

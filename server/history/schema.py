@@ -4,6 +4,7 @@ Migrations alone make tables, so a fresh database and an upgraded one cannot dif
 only where there is something to migrate; the everyday check is one small query.
 """
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,6 +22,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 NEWEST = "0001"  # a test holds it to the newest file in migrations/versions
 TABLE = "moonflower_revision"
 LOCK = 0x6D6F6F6E  # of PostgreSQL's advisory locks, for whoever makes or upgrades the schema
+ONE_AT_A_TIME = threading.Lock()  # Alembic keeps the migration that it runs in a module
 
 State = Literal["empty", "foreign", "older", "newest", "newer"]
 
@@ -32,7 +34,7 @@ class Status:
     place: str
     state: State
     revision: str | None
-    newest: str = NEWEST
+    newest: str
 
 
 def alembic_config(connection: Connection) -> "Config":
@@ -56,11 +58,11 @@ def status(url: str) -> Status:
     place = parse_url(url)
     file = file_of(place)
     if file is not None and not file.exists():
-        return Status(masked(place), "empty", None)
+        return Status(masked(place), "empty", None, NEWEST)
     engine = connect(place)
     try:
         with engine.connect() as connection:
-            return Status(masked(place), state(connection), revision(connection))
+            return Status(masked(place), state(connection), revision(connection), NEWEST)
     except SQLAlchemyError as error:
         raise explain(error, place) from error
     finally:
@@ -156,7 +158,8 @@ def _migrate(engine: Engine, wanted: set[str]) -> None:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
             found = state(connection)  # again: another process may have been faster
             if found in wanted:
-                command.upgrade(alembic_config(connection), "head")
+                with ONE_AT_A_TIME:
+                    command.upgrade(alembic_config(connection), "head")
             else:
                 _refuse(found, engine)
             if sqlite and (broken := connection.exec_driver_sql("PRAGMA foreign_key_check").first()):
