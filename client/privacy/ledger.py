@@ -275,9 +275,9 @@ class Ledger:
         if spent + price > budget:
             now, then = (accounting.rdp_to_epsilon(r, self.order, self.delta) for r in (spent, spent + price))
             raise PolicyError(
-                f"{what} would take the lifetime epsilon {where} from {now:.3f} to {then:.3f}, above the limit "
-                f"of {self.max_epsilon:g} at delta={self.delta:g} (site.toml, [policy] max_epsilon). In the "
-                f"Rényi filter of order {self.order}, {spent:.4g} is spent, {price:.4g} asked and "
+                f"{what} would take the lifetime epsilon {where} from {now:.3f} to {then:.3f}, above the "
+                f"limit of {self.max_epsilon:g} at delta={self.delta:g} (site.toml, [policy] max_epsilon). "
+                f"In the Rényi filter of order {self.order}, {spent:.4g} is spent, {price:.4g} asked and "
                 f"{max(budget - spent, 0.0):.4g} left."
             )
 

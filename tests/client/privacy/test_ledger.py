@@ -400,6 +400,15 @@ def test_a_full_database_loses_nothing(path: Path) -> None:
         assert len(ledger.spends()) == 2
 
 
+def test_a_charge_that_fails_halfway_leaves_nothing(path: Path) -> None:
+    with opened(path) as ledger:
+        ledger._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000)
+        with pytest.raises(DatabaseError, match="too big"):  # its spend and its reply are written by then
+            answer(ledger, 1, state=bytes(1_000_000))
+        assert ledger.spends() == []
+        assert answer(ledger, 1, reply=b"second try") == b"second try"
+
+
 def test_a_kernel_that_refuses_to_write_more_loses_nothing(path: Path) -> None:
     def fill(report: Any) -> None:
         ledger = opened(path)
