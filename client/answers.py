@@ -1,0 +1,159 @@
+"""What a site does with a request: check, recall or compute, charge, and only then answer.
+
+The order is the promise. A request that was answered before gets the kept bytes; one that goes beyond the
+policy or the budget is refused before any record is touched; a new answer is in the ledger, with its cost
+and its bytes, before it is returned.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from client import evaluation, training
+from client.privacy import policy
+from client.privacy.ledger import Ledger
+from client.privacy.randomness import Keystream
+from client.resident import Resident
+from client.site import Site
+from shared import messages, models, plan
+from shared.accounting import Release, epsilon
+from shared.arrays import Arrays, same_shapes
+from shared.errors import RefusedError
+from shared.messages import EvaluateReply, EvaluateRequest, JoinReply, JoinRequest, Kind, TrainReply, TrainRequest
+from shared.models import LoadedModel
+from shared.plan import Part, SitePlan
+from shared.run_config import RunConfig
+
+PARTS: tuple[Part, Part] = ("train", "validation")
+
+Randomness = Callable[[str], Keystream]  # request id -> the source of its sampling and noise
+
+Request = JoinRequest | TrainRequest | EvaluateRequest
+Reply = JoinReply | TrainReply | EvaluateReply
+
+
+def answer(resident: Resident, site: Site, kind: Kind, request: Request, randomness: Randomness) -> Reply:
+    """Answer one request.
+
+    Raises
+    ------
+    RefusedError
+        Where policy, budget, an earlier answer or the probe forbids it.
+    MoonflowerError
+        Where the site's own data, model or ledger is at fault.
+    """
+    config = RunConfig.model_validate_json(request.config)
+    planned = plan.make(config, site.dataset.card())
+    policy.check(site.policy, config, planned, site.dataset.id)
+    with open_ledger(site) as ledger:
+        _same_run(ledger, config, request.run)
+        if isinstance(request, JoinRequest):
+            return _join(resident, site, config, planned, request, ledger)
+        return _release(resident, site, config, planned, kind, request, ledger, randomness)
+
+
+def open_ledger(site: Site) -> Ledger:
+    """Open the account of the site's dataset."""
+    return Ledger.open(site.ledger, dataset=site.dataset.id, delta=site.policy.delta, max_epsilon=site.policy.max_epsilon)
+
+
+def _join(resident: Resident, site: Site, config: RunConfig, planned: SitePlan, request: JoinRequest, ledger: Ledger) -> JoinReply:
+    """Check all that the run will need; a site that joins can finish, unless its budget goes elsewhere."""
+    model = resident.model(config, site.device)
+    if request.frozen_digest != model.frozen_digest:
+        raise RefusedError(
+            f"model.name={config.model.name!r} is not the coordinator's: its frozen weights differ at this site; install the same "
+            "model, torch and peft on both sides, and pin model.digest."
+        )
+    if request.shapes != models.shapes(model.arrays()):
+        raise RefusedError("the coordinator's trainable arrays are not this site's; install the same version on both sides.")
+    for part in PARTS:
+        _check_budget(site, planned, request.run, part, ledger)
+    resident.parts(site, config)
+    card = site.dataset.card()
+    return JoinReply(site.name, card.dataset, card.records, card.validation)
+
+
+def _same_run(ledger: Ledger, config: RunConfig, run: str) -> None:
+    """Refuse another configuration under a run's name: rate, noise and steps are fixed before its first step."""
+    for kind in ("train", "evaluate"):
+        if (known := ledger.state(run, kind)) is not None and known != config.digest.encode():
+            raise RefusedError(f"run {run!r} began with another configuration; a changed configuration is a new run.")
+
+
+def _check_budget(site: Site, planned: SitePlan, run: str, part: Part, ledger: Ledger) -> None:
+    """Refuse a run whose releases still to come do not fit what is left of the dataset's budget."""
+    spent: dict[tuple[float, float], int] = {}
+    for release in ledger.run_releases(run, part):
+        key = (release.sampling_rate, release.noise_multiplier)
+        spent[key] = spent.get(key, 0) + release.steps
+    left = []
+    for release in planned.releases(part):
+        key = (release.sampling_rate, release.noise_multiplier)
+        used = min(spent.get(key, 0), release.steps)
+        spent[key] = spent.get(key, 0) - used
+        if used < release.steps:
+            left.append(Release(release.sampling_rate, release.noise_multiplier, release.steps - used))
+    ledger.check_plan(left, part, allow_unbounded=site.policy.allow_non_private)
+
+
+def _release(
+    resident: Resident,
+    site: Site,
+    config: RunConfig,
+    planned: SitePlan,
+    kind: Kind,
+    request: TrainRequest | EvaluateRequest,
+    ledger: Ledger,
+    randomness: Randomness,
+) -> Reply:
+    """Recall the kept answer, or compute one, charge it, and return what the ledger has kept."""
+    name, digest = messages.request_id(request.run, request.round, kind), messages.request_digest(request)
+    reply_kind: type[TrainReply] | type[EvaluateReply] = TrainReply if kind == "train" else EvaluateReply
+    part: Part = "train" if kind == "train" else "validation"
+    kept = ledger.recall(request.run, name, digest, request.round, kind)
+    if kept is None:
+        release = _planned_release(config, planned, request)
+        ledger.check_plan([release], part, allow_unbounded=site.policy.allow_non_private)
+        _check_shapes(resident.model(config, site.device), request.arrays)
+        spent = epsilon([*ledger.run_releases(request.run, part), release], config.privacy.delta)
+        reply: Reply
+        if isinstance(request, TrainRequest):
+            update = training.train(resident, site, config, planned, request, randomness(name))
+            reply = TrainReply(
+                site.name, request.round, update, release.sampling_rate, release.noise_multiplier, release.steps, spent
+            )
+        else:
+            histogram = evaluation.evaluate(resident, site, config, planned, request, randomness(name))
+            reply = EvaluateReply(site.name, request.round, histogram, release.noise_multiplier, spent)
+        kept = ledger.charge(
+            request.run,
+            name,
+            digest,
+            request.round,
+            kind,
+            part,
+            release,
+            messages.to_bytes(reply),
+            config.digest.encode(),
+            allow_unbounded=site.policy.allow_non_private,
+        )
+    return messages.from_bytes(kept, reply_kind)
+
+
+def _planned_release(config: RunConfig, planned: SitePlan, request: TrainRequest | EvaluateRequest) -> Release:
+    """Return what this round costs by the plan; a round outside the plan is refused."""
+    if not 1 <= request.round <= config.rounds:
+        raise RefusedError(f"round {request.round} is outside the run's {config.rounds} rounds.")
+    if isinstance(request, TrainRequest):
+        return planned.phases[config.phase_of(request.round)[0]].round_release()
+    if not config.evaluated(request.round):
+        raise RefusedError(f"round {request.round} is not one that the run's configuration evaluates (evaluation.every).")
+    return Release(1.0, planned.evaluation_noise, 1)
+
+
+def _check_shapes(model: LoadedModel, received: Arrays) -> None:
+    if not same_shapes(received, model.arrays()):
+        raise RefusedError("the request's arrays are not the model's trainable arrays.")
+    if not all(np.isfinite(array).all() for array in received.values()):
+        raise RefusedError("the request's arrays are not finite.")

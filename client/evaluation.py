@@ -1,0 +1,33 @@
+"""One local evaluation: a noised histogram of the model's predictions on the site's validation records.
+
+Each record falls in one cell of (true label, predicted label, confidence bin), so that adding or removing
+it changes the counts by 1; Gaussian noise of the plan's deviation goes on every cell, empty ones included.
+"""
+
+import numpy as np
+import torch
+
+from client.privacy.randomness import Keystream
+from client.resident import Resident
+from client.site import Site
+from shared import arrays, metrics
+from shared.arrays import Arrays
+from shared.messages import EvaluateRequest
+from shared.plan import SitePlan
+from shared.run_config import RunConfig
+
+
+def evaluate(
+    resident: Resident, site: Site, config: RunConfig, plan: SitePlan, request: EvaluateRequest, randomness: Keystream
+) -> Arrays:
+    """Return {"counts": (labels, labels, confidence_bins)}, noised, float32."""
+    model = resident.model(config, site.device)
+    arrays.write(model.module, request.arrays)
+    examples = resident.parts(site, config).validation
+    features = resident.features(site, "validation", examples, config, request.arrays)
+    with torch.no_grad():
+        probabilities = model.module.head(features).softmax(1).double().cpu().numpy()
+    counts = metrics.count(probabilities, np.asarray(examples.labels, dtype=int), config.evaluation.confidence_bins)
+    if plan.evaluation_noise > 0:
+        counts += plan.evaluation_noise * randomness.normal(counts.size).reshape(counts.shape)
+    return {"counts": counts.astype(np.float32)}

@@ -1,0 +1,64 @@
+"""What a site allows, whatever a coordinator asks: checked here, at the site, before any work."""
+
+import math
+from fnmatch import fnmatch
+
+from pydantic import Field
+
+from shared.errors import PolicyError
+from shared.plan import SitePlan
+from shared.run_config import RunConfig, Section
+
+
+class Policy(Section):
+    """A site's limits, site.toml [policy].
+
+    `max_epsilon` bounds the dataset's whole life, over all runs, at `delta`; `max_run_epsilon` one run.
+    """
+
+    max_epsilon: float = Field(gt=0, allow_inf_nan=False)
+    max_run_epsilon: float = Field(8.0, gt=0, allow_inf_nan=False)
+    delta: float = Field(1e-5, gt=0, lt=1)
+    min_noise_multiplier: float = Field(0.3, ge=0)
+    models: tuple[str, ...] = ("*",)  # patterns of allowed model names
+    tasks: tuple[str, ...] = ("*",)
+    allow_non_private: bool = False
+
+
+def check(policy: Policy, config: RunConfig, plan: SitePlan, dataset: str) -> None:
+    """Refuse a run that goes beyond the policy.
+
+    Raises
+    ------
+    PolicyError
+        Naming the setting, its value, the limit and where the limit stands. It rests on public values alone.
+    """
+    privacy = config.privacy
+    if not any(fnmatch(config.model.name, pattern) for pattern in policy.models):
+        raise PolicyError(f"model.name={config.model.name!r} is not among this site's models {list(policy.models)} (site.toml, [policy] models).")
+    if not any(fnmatch(config.task.name, pattern) for pattern in policy.tasks):
+        raise PolicyError(f"task.name={config.task.name!r} is not among this site's tasks {list(policy.tasks)} (site.toml, [policy] tasks).")
+    if not privacy.private:
+        if not policy.allow_non_private:
+            raise PolicyError(
+                f"privacy.epsilon=inf is no privacy, and this site requires it for dataset {dataset!r} "
+                "(site.toml, [policy] allow_non_private)."
+            )
+        return
+    if privacy.epsilon > policy.max_run_epsilon:
+        raise PolicyError(
+            f"privacy.epsilon={privacy.epsilon:g} is above this site's limit of {policy.max_run_epsilon:g} "
+            f"for dataset {dataset!r} (site.toml, [policy] max_run_epsilon)."
+        )
+    if privacy.delta > policy.delta:
+        raise PolicyError(
+            f"privacy.delta={privacy.delta:g} is above this site's limit of {policy.delta:g} "
+            f"for dataset {dataset!r} (site.toml, [policy] delta)."
+        )
+    noises = [phase.noise_multiplier for phase in plan.phases.values()] + [plan.evaluation_noise]
+    lowest = min(noises)
+    if not math.isfinite(lowest) or lowest < policy.min_noise_multiplier:
+        raise PolicyError(
+            f"the plan's noise multiplier of {lowest:.3f} is below this site's least of {policy.min_noise_multiplier:g} "
+            f"for dataset {dataset!r} (site.toml, [policy] min_noise_multiplier)."
+        )

@@ -1,0 +1,65 @@
+"""The probe: is the clipped sum what a loop over single records gives? Checked before every release.
+
+It runs on made-up records of the task's shape, never on the site's own, so that its outcome says
+nothing about the data. The loop uses plain autograd, one record at a time, without padding and without
+the engine's hooks. A difference means that the engine's gradients are not per record on this model, so
+that a real record could count for more than the clipping norm: nothing is released.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from client.privacy.engine import ClippedSum, Clipping, Forward, PerRecordGradients
+from shared.errors import SensitivityError
+
+TOLERANCE = 1e-4  # relative, float32
+
+
+def check(gradients: PerRecordGradients, together: Sequence[tuple[Sequence[int], Forward]], alone: Sequence[Forward]) -> None:
+    """Compare the engine with the loop.
+
+    Parameters
+    ----------
+    gradients
+        The engine under test, attached to the model.
+    together
+        Batches: the numbers of the made-up records in each, and their losses.
+    alone
+        The loss (1,) of each made-up record by itself, unpadded.
+
+    The clipping norm is set in the middle of the made-up records' own norms, so that some are clipped and
+    some are not.
+
+    Raises
+    ------
+    SensitivityError
+        Naming the parameter that differs, or the record's contribution.
+    """
+    singles = [_alone(gradients, forward) for forward in alone]
+    norms = torch.stack([torch.stack([part.norm() for part in single.values()]).norm() for single in singles])
+    clipping = Clipping(max(float(norms.median()), 1e-12))
+    factors = clipping.factors(norms)
+    total = ClippedSum(gradients, clipping)
+    for numbers, forward in together:
+        contributed = float(total.add(forward, len(numbers)).max()) / clipping.norm
+        if not contributed <= 1 + TOLERANCE:
+            raise SensitivityError(f"the probe found a record that contributes {contributed:.4f} x the clipping norm; nothing is released.")
+    expected = {
+        name: torch.stack([single[name] * factor for single, factor in zip(singles, factors, strict=True)]).sum(0)
+        for name in gradients.parameters
+    }
+    scale = max(float(torch.stack([value.norm() for value in expected.values()]).norm()), 1e-12)
+    gaps = {name: float((value - expected[name]).norm()) / scale for name, value in total.sums().items()}
+    worst = max(gaps, key=lambda name: gaps[name])
+    if not max(gaps.values()) <= TOLERANCE:
+        raise SensitivityError(
+            f"the probe found that the clipped sum of {worst!r} differs by {gaps[worst]:.2g} (limit {TOLERANCE:g}) from a loop "
+            "over single records; nothing is released. Train another part of this model."
+        )
+
+
+def _alone(gradients: PerRecordGradients, forward: Forward) -> dict[str, torch.Tensor]:
+    with gradients.detached():
+        found = torch.autograd.grad(forward().sum(), list(gradients.parameters.values()))
+    return dict(zip(gradients.parameters, (part.detach().float() for part in found), strict=True))

@@ -1,0 +1,62 @@
+"""What stays warm between a node's messages: the model, each site's tokenised records, their features.
+
+One model serves every site of a process: a site's turn only sets the trainable arrays.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from client import data
+from client.data import Parts
+from client.site import Site, split_key
+from shared import arrays, models
+from shared.arrays import Arrays
+from shared.features import FeatureCache, features
+from shared.models import HEAD, LoadedModel
+from shared.plan import Part
+from shared.run_config import RunConfig
+from shared.tasks.text_classification import Examples
+
+
+@dataclass
+class Resident:
+    """A process's warm state. Everything in it can be made again from the site's files."""
+
+    _model: tuple[str, LoadedModel] | None = None
+    _parts: dict[str, Parts] = field(default_factory=dict)
+    _features: FeatureCache = field(default_factory=FeatureCache)
+
+    def model(self, config: RunConfig, device: str) -> LoadedModel:
+        """Return the run's model on `device`; loading another one drops what was kept."""
+        key = f"{config.model!r} {config.task!r} {config.seed} {device}"
+        if self._model is None or self._model[0] != key:
+            self._model = None
+            loaded = models.load(config)
+            loaded.module.to(models.pick_device(device))
+            self._model = (key, loaded)
+            self._parts.clear()
+            self._features = FeatureCache()
+        return self._model[1]
+
+    def parts(self, site: Site, config: RunConfig) -> Parts:
+        """Return the site's records, tokenised and split; read anew when the file has changed.
+
+        Raises
+        ------
+        DataError
+            Naming the row at fault. It must stay at the site.
+        """
+        key = f"{site.name} {data.file_digest(site.dataset.path)} {site.dataset!r}"
+        if key not in self._parts:
+            tokenizer = self.model(config, site.device).tokenizer
+            self._parts[key] = data.load(site.dataset, config.task, split_key(site), tokenizer)
+        return self._parts[key]
+
+    def features(self, site: Site, part: Part, examples: Examples, config: RunConfig, trained: Arrays) -> Tensor:
+        """Return the features (N, hidden_size) of a part under the encoder that `trained` gives."""
+        model = self.model(config, site.device)
+        encoder = arrays.digest({name: array for name, array in trained.items() if not name.startswith(HEAD)})
+        return self._features.get(
+            f"{site.name}/{part}/{len(examples)}", encoder, lambda: features(model.module, examples, config.hardware)
+        )

@@ -1,0 +1,94 @@
+"""A site's own configuration, site.toml: its data, what it declares of them, its device and its policy.
+
+Nothing here is decided by the coordinator, and nothing but the *public* declarations leaves the site.
+"""
+
+import os
+import tempfile
+import tomllib
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import tomli_w
+from pydantic import Field
+
+from client.privacy.policy import Policy
+from shared.errors import ConfigError
+from shared.plan import DatasetCard
+from shared.run_config import Section, parse
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+
+class Dataset(Section):
+    """Where the records are, and what the site declares of them.
+
+    `id` names the data set for its whole life: its privacy budget is kept under it. `records` is the
+    rounded size, public, from which rates and divisors follow.
+    """
+
+    id: Name
+    path: Path  # JSON lines: one object a record
+    records: int = Field(ge=10)
+    validation: float = Field(0.1, ge=0.01, le=0.5)
+    id_column: str = "id"
+    text_column: str = "text"
+    label_column: str = "label"
+
+    def card(self) -> DatasetCard:
+        """What the site declares."""
+        return DatasetCard(self.id, self.records, self.validation)
+
+
+class Site(Section):
+    """A whole site.toml. Relative paths are relative to the file."""
+
+    name: Name  # public
+    dataset: Dataset
+    policy: Policy
+    ledger: Path = Path("ledger.db")
+    split_key: Path = Path("split.key")  # made at first use; decides for ever which records are validation
+    device: str = "auto"
+
+
+def load(path: Path) -> Site:
+    """Read and validate a site.toml.
+
+    Raises
+    ------
+    ConfigError
+        Naming the file and the setting.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}.") from None
+    site = parse(Site, values, source=str(path))
+    root = path.parent
+    dataset = site.dataset.model_copy(update={"path": root / site.dataset.path})
+    return site.model_copy(update={"dataset": dataset, "ledger": root / site.ledger, "split_key": root / site.split_key})
+
+
+def save(site: Site, path: Path) -> None:
+    """Write a site.toml."""
+    path.write_text(tomli_w.dumps(site.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+
+
+def split_key(site: Site) -> bytes:
+    """Return the 32 secret bytes that split this site's records, made from the system's entropy at first use."""
+    if not site.split_key.exists():
+        with tempfile.NamedTemporaryFile(dir=site.split_key.parent, prefix=".split-") as fresh:  # mode 0600
+            fresh.write(os.urandom(32))
+            fresh.flush()
+            os.fsync(fresh.fileno())
+            with suppress(FileExistsError):  # another process was quicker: its key is the key
+                os.link(fresh.name, site.split_key)
+    key = site.split_key.read_bytes()
+    if len(key) != 32:
+        raise ConfigError(
+            f"{site.split_key} holds {len(key)} bytes, not 32; restore it: a new key would mix the parts of {site.dataset.id!r}."
+        )
+    return key

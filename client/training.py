@@ -1,0 +1,123 @@
+"""One local pass: from the global arrays to a noised update.
+
+Each step draws its records by Poisson sampling at the plan's public rate, sums their clipped gradients,
+adds noise, divides by the public expected batch, and moves the arrays. What comes out is the output of
+`steps` Gaussian mechanisms and nothing else of the data.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from client.privacy import probe
+from client.privacy.engine import ClippedSum, Clipping, Forward, PerRecordGradients, train_only
+from client.privacy.randomness import Keystream
+from client.resident import Resident
+from client.site import Site
+from shared import arrays
+from shared.arrays import Arrays
+from shared.messages import TrainRequest
+from shared.models import HEAD, LoadedModel, autocast
+from shared.plan import SitePlan
+from shared.run_config import RunConfig
+from shared.tasks.text_classification import Examples, batches, collate
+
+PROBE_LENGTHS = (4, 7, 3, 12)  # tokens; one is the number of records, where a batch is mistaken for a sequence
+HEAD_BATCH = 4096  # cached features side by side
+
+
+class EncoderPass:
+    """Losses by running the whole model on tokens."""
+
+    def __init__(self, model: LoadedModel, examples: Examples, config: RunConfig) -> None:
+        self.module: nn.Module = model.module
+        self._model, self._examples, self._config = model, examples, config
+        self._device = model.module.head.weight.device
+
+    def groups(self, drawn: Sequence[int]) -> Iterator[tuple[Sequence[int], Forward]]:
+        """Split the drawn records into batches of one length, each with its losses."""
+        for group in batches(self._examples, drawn, self._config.hardware.micro_batch):
+            yield group, self._forward(self._examples, group, None, self._config.hardware.precision)
+
+    def made_up(self) -> tuple[list[tuple[Sequence[int], Forward]], list[Forward]]:
+        """Made-up records for the probe: padded side by side, and each alone; float32."""
+        generator = torch.Generator().manual_seed(self._config.seed)
+        vocabulary, labels = len(self._model.tokenizer), len(self._config.task.labels)
+        tokens = (tuple(torch.randint(0, vocabulary, (length,), generator=generator).tolist()) for length in PROBE_LENGTHS)
+        examples = Examples(tuple(tokens), tuple(number % labels for number in range(len(PROBE_LENGTHS))))
+        # As wide as it is long, then padded past every record's own length.
+        together = [(group, self._forward(examples, group, width, "float32")) for group, width in (((0, 2), 4), ((1, 3), 16))]
+        alone = [self._forward(examples, (number,), length, "float32") for number, length in enumerate(PROBE_LENGTHS)]
+        return together, alone
+
+    def _forward(self, examples: Examples, group: Sequence[int], width: int | None, precision: str) -> Forward:
+        def losses() -> Tensor:
+            batch = collate(examples, group, self._device, width)
+            with autocast(self._device, precision):
+                logits = self._model.module(batch.input_ids, batch.attention_mask)
+            return nn.functional.cross_entropy(logits.float(), batch.labels, reduction="none")
+
+        return losses
+
+
+class HeadPass:
+    """Losses by running the head alone on features that no longer change."""
+
+    def __init__(self, model: LoadedModel, features: Tensor, labels: Sequence[int]) -> None:
+        self.module: nn.Module = model.module.head
+        self._features, self._labels = features, torch.tensor(labels, device=features.device)
+
+    def groups(self, drawn: Sequence[int]) -> Iterator[tuple[Sequence[int], Forward]]:
+        """Split the drawn records into batches, each with its losses."""
+        for start in range(0, len(drawn), HEAD_BATCH):
+            group = drawn[start : start + HEAD_BATCH]
+            yield group, self._forward(self._features[group], self._labels[group])
+
+    def made_up(self) -> tuple[list[tuple[Sequence[int], Forward]], list[Forward]]:
+        """Made-up features for the probe: side by side, and each alone."""
+        generator = torch.Generator().manual_seed(0)
+        features = torch.randn((4, self._features.shape[1]), generator=generator).to(self._features.device)
+        features *= torch.tensor([[1.0], [0.1], [10.0], [1.0]], device=features.device)
+        labels = torch.tensor([0, 1, 0, 1], device=features.device)
+        together: list[tuple[Sequence[int], Forward]] = [(range(4), self._forward(features, labels))]
+        return together, [self._forward(features[n : n + 1], labels[n : n + 1]) for n in range(4)]
+
+    def _forward(self, features: Tensor, labels: Tensor) -> Forward:
+        return lambda: nn.functional.cross_entropy(self.module(features), labels, reduction="none")
+
+
+def train(
+    resident: Resident, site: Site, config: RunConfig, plan: SitePlan, request: TrainRequest, randomness: Keystream
+) -> Arrays:
+    """Run one round's local steps and return the update of the phase's trainable arrays.
+
+    Raises
+    ------
+    SensitivityError
+        Where the probe, or a guard of the engine, finds that a record could exceed the clipping norm.
+    """
+    name, phase = config.phase_of(request.round)
+    steps = plan.phases[name]
+    model = resident.model(config, site.device)
+    arrays.write(model.module, request.arrays)
+    trained = model.names(name)
+    parameters = train_only(model.module, trained)
+    examples = resident.parts(site, config).train
+    if all(parameter.startswith(HEAD) for parameter in trained):
+        features = resident.features(site, "train", examples, config, request.arrays)
+        objective: EncoderPass | HeadPass = HeadPass(model, features, examples.labels)
+    else:
+        objective = EncoderPass(model, examples, config)
+    clipping = Clipping(phase.clipping_norm, config.privacy.clipping)
+    with PerRecordGradients(objective.module, parameters) as gradients:
+        probe.check(gradients, *objective.made_up())
+        for _ in range(steps.steps_per_round):
+            total = ClippedSum(gradients, clipping)
+            for group, forward in objective.groups(randomness.poisson_sample(len(examples), steps.sampling_rate).tolist()):
+                total.add(forward, len(group))
+            mean = total.noised_mean(steps.noise_multiplier, steps.divisor, randomness)
+            with torch.no_grad():
+                for parameter, value in mean.items():
+                    parameters[parameter].sub_(phase.learning_rate * value)
+    return arrays.difference(arrays.read(model.module, trained), request.arrays)

@@ -1,0 +1,79 @@
+"""The server's state after each round, as a safetensors file named by its own SHA-256.
+
+A file is whole or absent: it is written beside its place, flushed to the disk, then renamed. The history
+names the digest in the round's transaction, so a file without a round is an orphan and a round never
+lacks its file.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from server.history.records import Checkpoint
+from server.optimization import ServerState
+from shared.arrays import Arrays
+from shared.errors import NotFoundError
+from shared.packages import file_digest
+
+SECTIONS = ("iterate", "published", "first", "second")
+
+
+def write(folder: Path, state: ServerState) -> Checkpoint:
+    """Put `state` on the disk, durable before this returns."""
+    tensors = {f"{section}/{name}": array for section in SECTIONS for name, array in getattr(state, section).items()}
+    data = save(tensors, metadata={"steps": str(state.steps), "phase": state.phase})
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".writing-", delete=False) as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    written = Path(stream.name)
+    digest = file_digest(written)
+    written.rename(path(folder, digest))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return Checkpoint(digest, len(data))
+
+
+def read(folder: Path, digest: str) -> ServerState:
+    """Read a checkpoint back, checked against its name.
+
+    Raises
+    ------
+    NotFoundError
+        Where the file is missing or is not what its name says.
+    """
+    place = path(folder, digest)
+    if not place.is_file():
+        raise NotFoundError(f"checkpoint {place} is missing; restore it from a backup to resume this run.")
+    if file_digest(place) != digest:
+        raise NotFoundError(f"checkpoint {place} is damaged: its content is not what its name says; restore it from a backup.")
+    try:
+        with safe_open(place, framework="numpy") as held:
+            sections: dict[str, Arrays] = {section: {} for section in SECTIONS}
+            for key in held.keys():  # noqa: SIM118 - not a dict
+                section, _, name = key.partition("/")
+                sections[section][name] = held.get_tensor(key)
+            metadata = held.metadata()
+    except SafetensorError as error:
+        raise NotFoundError(f"checkpoint {place} cannot be read: {error}.") from None
+    return ServerState(**sections, steps=int(metadata["steps"]), phase=metadata["phase"])
+
+
+def prune(folder: Path, keep: set[str]) -> None:
+    """Delete the files whose digests are not in `keep`, orphans of killed writes included."""
+    names = {path(folder, digest).name for digest in keep}
+    for file in folder.glob("*"):
+        if file.name not in names:
+            file.unlink(missing_ok=True)
+
+
+def path(folder: Path, digest: str) -> Path:
+    """Where a checkpoint lies."""
+    return folder / f"{digest}.safetensors"

@@ -1,0 +1,58 @@
+"""Who watches a run: a progress bar, a log, a service's stream. Nothing a watcher does changes the run."""
+
+import logging
+import math
+from typing import Protocol
+
+from server.history.records import Kind, Outcome, Round, Run
+from shared.messages import JoinReply
+
+log = logging.getLogger("moonflower.run")
+
+
+class Observer(Protocol):
+    """Told of each thing as it happens."""
+
+    def run_started(self, run: Run, sites: list[JoinReply]) -> None:
+        """Announce that the sites have joined; rounds follow."""
+
+    def round_started(self, number: int, phase: str) -> None:
+        """Announce a round."""
+
+    def answered(self, number: int, kind: Kind, site: str, outcome: Outcome, error: str | None) -> None:
+        """Announce one site's answer."""
+
+    def round_finished(self, done: Round) -> None:
+        """Announce a committed round."""
+
+
+class Log:
+    """Writes a line a round, for a daemon's journal or Flower's log."""
+
+    def run_started(self, run: Run, sites: list[JoinReply]) -> None:
+        """Log who joined."""
+        kind = "private" if run.private else "WITHOUT PRIVACY (epsilon inf)"
+        log.info("run %s: %d rounds, %s, sites %s", run.id, run.rounds_planned, kind, ", ".join(site.site for site in sites))
+
+    def round_started(self, number: int, phase: str) -> None:
+        """Log nothing: the line comes when the round is done."""
+
+    def answered(self, number: int, kind: Kind, site: str, outcome: Outcome, error: str | None) -> None:
+        """Log what did not go well."""
+        if outcome != "ok":
+            log.warning("round %d: %s of %s %s: %s", number, kind, site, outcome, error)
+
+    def round_finished(self, done: Round) -> None:
+        """Log the round's scores, privacy and time."""
+        log.info("round %d: %s, %.1f s", done.number, summary(done), done.seconds)
+
+
+def summary(done: Round) -> str:
+    """One line: test accuracy, F1, loss and the largest site's epsilon of its budget."""
+    test = {metric.name: metric.value for metric in done.metrics if metric.scope == "test"}
+    said = [f"{name} {test[name]:.4f}" for name in ("accuracy", "f1", "loss") if name in test]
+    spends = [spend for spend in done.spends if spend.part == "train"]
+    if spends:
+        largest = max(spends, key=lambda spend: spend.epsilon)
+        said.append(f"epsilon {largest.epsilon:.2f} of {largest.budget:g}" if math.isfinite(largest.epsilon) else "no privacy")
+    return ", ".join(said)

@@ -1,0 +1,70 @@
+"""The server's step: from the sites' mean update to the next global arrays.
+
+All of it is post-processing of what the sites released, so it costs no privacy.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from shared.arrays import Arrays
+from shared.run_config import Phase
+
+EPSILON = 1e-8
+SECOND_MOMENT_DECAY = 0.99
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything that decides the rest of a run; a checkpoint holds it whole.
+
+    `iterate` is what the sites train from; `published` what is scored and exported: the moving average
+    of the iterates where the phase keeps one, else the iterate. `first` and `second` are the optimiser's moments
+    over the phase's arrays, after `steps` steps of `phase`.
+    """
+
+    iterate: Arrays
+    published: Arrays
+    first: Arrays
+    second: Arrays
+    steps: int = 0
+    phase: str = ""
+
+
+def start(arrays: Arrays) -> ServerState:
+    """State before the first round."""
+    return ServerState(arrays, arrays, {}, {})
+
+
+def enter(state: ServerState, phase: str, names: tuple[str, ...]) -> ServerState:
+    """Begin a phase, if it is another: from what the last one published, with fresh moments."""
+    if state.phase == phase:
+        return state
+    zeros = {name: np.zeros_like(state.iterate[name]) for name in names}
+    return ServerState(state.published, state.published, zeros, dict(zeros), 0, phase)
+
+
+def step(state: ServerState, settings: Phase, update: Arrays) -> ServerState:
+    """Move the iterate by the sites' mean update.
+
+    `adam` takes it as a gradient (Reddi et al. 2021, "Adaptive federated optimization", with bias correction);
+    `sgd` adds it with heavy-ball momentum. The published average starts with the phase's first step.
+    """
+    steps = state.steps + 1
+    decay, rate = np.float32(settings.server_momentum), np.float32(settings.server_learning_rate)
+    iterate, published = dict(state.iterate), dict(state.published)
+    first, second = dict(state.first), dict(state.second)
+    for name, delta in update.items():
+        if settings.server_optimizer == "adam":
+            first[name] = decay * first[name] + (1 - decay) * delta
+            second[name] = np.float32(SECOND_MOMENT_DECAY) * second[name] + np.float32(1 - SECOND_MOMENT_DECAY) * delta * delta
+            mean = first[name] / np.float32(1 - settings.server_momentum**steps)
+            spread = np.sqrt(second[name] / np.float32(1 - SECOND_MOMENT_DECAY**steps))
+            move = mean / (spread + np.float32(EPSILON))
+        else:
+            move = first[name] = decay * first[name] + delta
+        iterate[name] = (iterate[name] + rate * move).astype(np.float32)
+        # Weights of a moving average that starts now: equal at first, then `server_average` for the past.
+        keep = np.float32(min(settings.server_average, 1 - 1 / steps))
+        published[name] = (keep * published[name] + (1 - keep) * iterate[name]).astype(np.float32)
+    return replace(state, iterate=iterate, published=published, first=first, second=second, steps=steps)

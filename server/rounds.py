@@ -1,0 +1,231 @@
+"""A run, top to bottom: restore, join, then for each round select, dispatch, fold in, step, score, commit.
+
+A round is either in the history with its checkpoint on disk, or it did not happen. Whatever dies, the
+next attempt goes on after the last committed round; sites resend what they had answered.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from flwr.serverapp import Grid
+
+from server import checkpoints, optimization, selection
+from server.aggregation import Fold, UpdateError
+from server.dispatch import Answer, ask
+from server.evaluation import TestSet
+from server.history.records import Kind, Metric, Participation, Round, Run, Spend
+from server.history.store import History
+from server.observer import Observer
+from server.optimization import ServerState
+from shared import metrics, models
+from shared.errors import RunFailedError
+from shared.messages import EvaluateReply, EvaluateRequest, JoinReply, JoinRequest, TrainReply, TrainRequest
+from shared.models import LoadedModel
+from shared.run_config import RunConfig
+
+R = TypeVar("R")
+JOIN_DEADLINE = 600.0  # seconds: a site reads and tokenises its data before it joins
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a coordinator needs to know of a run."""
+
+    run: str
+    config: RunConfig
+    checkpoints: Path
+    test_set: Path | None  # public test records, JSON lines
+    device: str = "auto"
+
+
+class Campaign:
+    """One attempt at a run: what stays the same from round to round."""
+
+    def __init__(self, job: Job, grid: Grid, history: History, observer: Observer) -> None:
+        self.job, self.grid, self.history, self.observer = job, grid, history, observer
+        self.config = job.config
+        self.model: LoadedModel = models.load(job.config)
+        self.model.module.to(models.pick_device(job.device))
+        self.test_set = None if job.test_set is None else TestSet(job.test_set, job.config, self.model)
+        self.sites: dict[int, JoinReply] = {}
+        self.weights: dict[int, float] = {}
+
+    def restore(self) -> tuple[int, ServerState]:
+        """Return the last committed round's number and state; 0 and the start where there is none."""
+        last = self.history.last_round(self.job.run)
+        if last is None:
+            return 0, optimization.start(self.model.arrays())
+        return last.number, checkpoints.read(self.job.checkpoints, last.checkpoint.digest)
+
+    def join(self) -> None:
+        """Ask every node whether it takes part, before any work is done.
+
+        Raises
+        ------
+        RunFailedError
+            With the sites' reasons, where fewer than `federation.min_sites` join.
+        """
+        request = JoinRequest(self.job.run, self.config.as_json(), self.model.frozen_digest, models.shapes(self.model.arrays()))
+        reasons: list[str] = []
+        for answer in ask(self.grid, "join", self._nodes(), request, JoinReply, group="join", deadline=JOIN_DEADLINE):
+            if answer.reply is not None:
+                self.sites[answer.node] = answer.reply
+            else:
+                reasons.append(answer.error or answer.outcome)
+                self.history.add_event(self.job.run, "warning", f"node {answer.node} did not join: {answer.error}")
+                self.observer.answered(0, "join", f"node {answer.node}", answer.outcome, answer.error)
+        names = [reply.site for reply in self.sites.values()]
+        if len(set(names)) != len(names):
+            raise RunFailedError(f"two nodes call themselves by one site's name: {sorted(names)}; give each its own name in site.toml.")
+        if len(names) < self.config.federation.min_sites:
+            raise RunFailedError(
+                f"{len(names)} of the federation.min_sites={self.config.federation.min_sites} sites joined"
+                + (f"; {reasons[0]}" if reasons else ".")
+            )
+        self.weights = selection.weights(self.config, self.sites)
+
+    def _nodes(self) -> list[int]:
+        """Wait for the nodes that the run needs: a grid can be empty at first."""
+        until = time.monotonic() + self.config.federation.deadline
+        while len(nodes := list(self.grid.get_node_ids())) < self.config.federation.min_sites:
+            if time.monotonic() > until:
+                raise RunFailedError(
+                    f"{len(nodes)} of the federation.min_sites={self.config.federation.min_sites} sites are connected after "
+                    f"{self.config.federation.deadline:g} s; start them, then resume."
+                )
+            time.sleep(0.5)
+        return nodes
+
+    def train(self, number: int, state: ServerState, seen: "Seen") -> ServerState:
+        """Send the iterate out, fold the sites' updates in, and take the server's step."""
+        name, settings = self.config.phase_of(number)
+        state = optimization.enter(state, name, self.model.names(name))
+        request = TrainRequest(self.job.run, self.config.as_json(), number, state.iterate)
+        fold = Fold(state.first)
+        folded = 0
+        for answer in self._ask("train", number, request, TrainReply, selection.select(self.config, number, self.sites)):
+            reply, error = answer.reply, answer.error
+            if reply is not None:
+                try:
+                    fold.add(reply.update, self.weights[answer.node])
+                except UpdateError as refused:
+                    error = str(refused)
+                else:
+                    folded += 1
+                    seen.spends.append(self._spend(answer.node, reply.epsilon, reply.noise_multiplier, reply.sampling_rate, reply.steps))
+            self._saw(seen, number, "train", answer, error)
+        if folded < self.config.federation.min_sites:
+            raise RunFailedError(
+                f"round {number}: {folded} of the federation.min_sites={self.config.federation.min_sites} sites sent an update; "
+                + next((f"{item.site}: {item.error}" for item in seen.participations if item.error), "no reason was given")
+            )
+        return optimization.step(state, settings, fold.mean())
+
+    def evaluate(self, number: int, state: ServerState, seen: "Seen") -> None:
+        """Score what the round published: on the public test set, and by the sites' released histograms."""
+        if self.test_set is not None:
+            seen.metrics += self.test_set.score(state.published, whole=number == self.config.rounds)
+        if not self.config.evaluated(number):
+            return
+        request = EvaluateRequest(self.job.run, self.config.as_json(), number, state.published)
+        total, variance = np.zeros(0), 0.0
+        for answer in self._ask("evaluate", number, request, EvaluateReply, sorted(self.sites)):
+            reply, error = answer.reply, answer.error
+            if reply is not None:
+                counts = reply.histogram["counts"].astype(np.float64)
+                if counts.shape != (len(self.config.task.labels),) * 2 + (self.config.evaluation.confidence_bins,) or not np.isfinite(counts).all():
+                    error = "the histogram is not the one that was asked for."
+                else:
+                    seen.metrics += _validation(counts, reply.noise_multiplier, reply.site)
+                    seen.spends.append(self._spend(answer.node, reply.epsilon, reply.noise_multiplier, 1.0, 1, part="validation"))
+                    total = counts if total.size == 0 else total + counts
+                    variance += reply.noise_multiplier**2
+            self._saw(seen, number, "evaluate", answer, error)
+        if total.size:
+            seen.metrics += _validation(total, variance**0.5, None)
+
+    def _ask(self, kind: Kind, number: int, request: object, expected: type[R], nodes: list[int]) -> Iterable[Answer[R]]:
+        group, deadline = str(number), self.config.federation.deadline
+        return ask(self.grid, kind, nodes, request, expected, group=group, deadline=deadline)
+
+    def _saw(self, seen: "Seen", number: int, kind: Kind, answer: Answer[TrainReply] | Answer[EvaluateReply], error: str | None) -> None:
+        outcome = "failed" if error is not None and answer.outcome == "ok" else answer.outcome
+        site = self.sites[answer.node].site
+        seen.participations.append(Participation(site, kind, outcome, answer.seconds, answer.bytes_down, answer.bytes_up, error))
+        self.observer.answered(number, kind, site, outcome, error)
+
+    def _spend(self, node: int, epsilon: float, noise: float, rate: float, steps: int, *, part: str = "train") -> Spend:
+        site, privacy = self.sites[node], self.config.privacy
+        return Spend(site.site, site.dataset, part, epsilon, privacy.delta, noise, rate, steps, privacy.epsilon)
+
+
+@dataclass
+class Seen:
+    """What a round has gathered for the history so far."""
+
+    participations: list[Participation]
+    metrics: list[Metric]
+    spends: list[Spend]
+
+
+def _validation(counts: np.ndarray, noise: float, site: str | None) -> list[Metric]:
+    return [Metric("validation", site, score.name, score.value, score.low, score.high) for score in metrics.scores(counts, noise)]
+
+
+def play(campaign: Campaign, number: int, state: ServerState, attempt: int) -> tuple[ServerState, Round]:
+    """Play one round and commit it."""
+    started, clock = datetime.now(UTC), time.monotonic()
+    phase, _ = campaign.config.phase_of(number)
+    campaign.observer.round_started(number, phase)
+    seen = Seen([], [], [])
+    state = campaign.train(number, state, seen)
+    campaign.evaluate(number, state, seen)
+    done = Round(
+        run=campaign.job.run,
+        number=number,
+        attempt=attempt,
+        phase=phase,
+        started_at=started,
+        seconds=time.monotonic() - clock,
+        checkpoint=checkpoints.write(campaign.job.checkpoints, state),
+        participations=tuple(seen.participations),
+        metrics=tuple(seen.metrics),
+        spends=tuple(seen.spends),
+    )
+    campaign.history.commit_round(done)
+    campaign.observer.round_finished(done)
+    return state, done
+
+
+def run(job: Job, grid: Grid, history: History, observer: Observer, *, engine: str) -> Run:
+    """Play all rounds that are left, and return the finished run.
+
+    Raises
+    ------
+    RunFailedError
+        Where too few sites join or answer. What is committed stays: resume goes on from there.
+    """
+    attempt = history.start_attempt(job.run, engine=engine)
+    try:
+        campaign = Campaign(job, grid, history, observer)
+        last, state = campaign.restore()
+        campaign.join()
+        observer.run_started(history.run(job.run), list(campaign.sites.values()))
+        kept = [item.checkpoint.digest for item in history.rounds(job.run)]
+        for number in range(last + 1, job.config.rounds + 1):
+            state, played = play(campaign, number, state, attempt.number)
+            kept.append(played.checkpoint.digest)
+            checkpoints.prune(job.checkpoints, set(kept[-job.config.federation.keep_checkpoints :]))
+    except BaseException as error:
+        outcome = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        history.end_attempt(job.run, attempt.number, outcome, str(error) or type(error).__name__)
+        history.finish_run(job.run, outcome, attempt=attempt.number)
+        raise
+    history.end_attempt(job.run, attempt.number, "completed")
+    history.finish_run(job.run, "completed", attempt=attempt.number)
+    return history.run(job.run)

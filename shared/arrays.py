@@ -1,0 +1,50 @@
+"""Trainable parameters as named arrays: what a checkpoint holds and what travels."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+
+def read(module: nn.Module, names: Iterable[str]) -> Arrays:
+    """Copy the named parameters out of `module`, float32, in the order of `names`."""
+    parameters = dict(module.named_parameters())
+    return {name: parameters[name].detach().to("cpu", torch.float32).numpy().copy() for name in names}
+
+
+def write(module: nn.Module, arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    """Set the parameters that `arrays` names, each of the same shape, and leave the others."""
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, array in arrays.items():
+            parameters[name].copy_(torch.from_numpy(array))
+
+
+def difference(after: Arrays, before: Arrays) -> Arrays:
+    """Return `after - before` for the names of `after`."""
+    return {name: after[name] - before[name] for name in after}
+
+
+def same_shapes(arrays: Mapping[str, npt.NDArray[np.float32]], expected: Mapping[str, npt.NDArray[np.float32]]) -> bool:
+    """Whether both hold the same names with the same shapes."""
+    return {name: array.shape for name, array in arrays.items()} == {name: array.shape for name, array in expected.items()}
+
+
+def nbytes(arrays: Mapping[str, npt.NDArray[np.float32]]) -> int:
+    """Size of the values in bytes."""
+    return sum(array.nbytes for array in arrays.values())
+
+
+def digest(arrays: Mapping[str, npt.NDArray[np.float32]]) -> str:
+    """SHA-256 over names, shapes and little-endian values, in the order of the names; hexadecimal."""
+    state = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name], dtype="<f4")
+        state.update(f"{name}\0{array.shape}\0".encode())
+        state.update(array.data)
+    return state.hexdigest()

@@ -1,0 +1,69 @@
+"""The root command. Subcommands are loaded when they are used, so that `moonflower --help` is quick."""
+
+import sys
+from importlib import import_module
+
+import click
+
+from shared import __version__
+from shared.errors import MoonflowerError
+
+COMMANDS = {
+    "simulate": "simulations.cli:simulate",
+    "report": "server.report.cli:report",
+    "history": "server.cli:history",
+    "database": "server.cli:database",
+}
+HELP = {
+    "simulate": "Fine-tune across virtual sites on this machine.",
+    "report": "Write a run's report, one HTML file.",
+    "history": "Show what runs did: rounds, scores, who took part, and privacy spent.",
+    "database": "Look after the history's database.",
+}
+
+
+class Lazy(click.Group):
+    """A group that knows its commands' names and one-line help, and imports a command only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """Names, in the order in which they are used."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
+        """Import a command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, HELP[name]) for name in self.list_commands(ctx)])
+
+
+@click.command(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="moonflower")
+def root() -> None:
+    """Fine-tune a pretrained Transformer across sites that may not share their data.
+
+    Example: moonflower simulate --epsilon 8
+    """
+
+
+def main() -> None:
+    """Run the command line: a `MoonflowerError` is one line and its exit code, anything else a traceback."""
+    try:
+        root.main(standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        sys.exit(130)
+    except MoonflowerError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,214 @@
+"""Everything that crosses the network, in one list: each field typed, each reply's field marked.
+
+A reply's field is *public* (declared in the site's configuration, or computed from what is declared) or
+*released* (it went through a privacy mechanism and is in the site's ledger). There is no third kind: raw
+losses, accuracies, record counts and the text of unforeseen errors do not leave a site. A class that is
+not here cannot be sent, and a field without a mark fails the tests.
+"""
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from shared.arrays import Arrays, digest
+from shared.errors import MoonflowerError
+
+M = TypeVar("M")
+
+Kind = Literal["join", "train", "evaluate"]
+FLOWER_TYPES: dict[Kind, str] = {"join": "query", "train": "train", "evaluate": "evaluate"}
+
+
+def public() -> Any:
+    """Mark a reply's field as declared, or computed from what is declared."""
+    return field(metadata={"leaves": "public"})
+
+
+def released() -> Any:
+    """Mark a reply's field as the output of a privacy mechanism that the ledger has charged."""
+    return field(metadata={"leaves": "released"})
+
+
+@dataclass(frozen=True)
+class JoinRequest:
+    """Asks a site whether it will take part in a whole run, before any work."""
+
+    run: str
+    config: str  # RunConfig as canonical JSON
+    frozen_digest: str  # of every parameter that is not trained
+    shapes: str  # of the trainable arrays, JSON
+
+
+@dataclass(frozen=True)
+class JoinReply:
+    """The site will: its name, what it declares of its data, and what it will spend."""
+
+    site: str = public()
+    dataset: str = public()
+    records: int = public()  # rounded, as site.toml declares
+    validation: float = public()  # share of the records kept for validation
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Asks for one round's update, from `arrays` on."""
+
+    run: str
+    config: str
+    round: int
+    arrays: Arrays
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """A noised update of the phase's trainable arrays, and the privacy that it cost."""
+
+    site: str = public()
+    round: int = public()
+    update: Arrays = released()  # arrays after the local steps minus the request's
+    sampling_rate: float = public()
+    noise_multiplier: float = public()
+    steps: int = public()
+    epsilon: float = public()  # of this part of the dataset in this run so far, from the site's ledger
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """Asks for one histogram over the site's validation records, scored by `arrays`."""
+
+    run: str
+    config: str
+    round: int
+    arrays: Arrays
+
+
+@dataclass(frozen=True)
+class EvaluateReply:
+    """A noised histogram of (true label, predicted label, confidence bin), and the privacy that it cost."""
+
+    site: str = public()
+    round: int = public()
+    histogram: Arrays = released()  # {"counts": (labels, labels, confidence_bins)}
+    noise_multiplier: float = public()
+    epsilon: float = public()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The site did not do what was asked.
+
+    `reason` is the text of a refusal that rests on public values (policy, budget, retry, configuration);
+    for anything else it is a fixed sentence, because an error's text can quote a record.
+    """
+
+    site: str = public()
+    outcome: str = public()  # "refused" or "failed"
+    reason: str = public()
+
+
+REQUESTS: dict[Kind, type[JoinRequest] | type[TrainRequest] | type[EvaluateRequest]] = {
+    "join": JoinRequest,
+    "train": TrainRequest,
+    "evaluate": EvaluateRequest,
+}
+REPLIES = (JoinReply, TrainReply, EvaluateReply, Refusal)
+
+
+class MessageError(MoonflowerError):
+    """What arrived is not the message that was expected."""
+
+
+def to_record(message: Any) -> RecordDict:
+    """Turn one of this module's messages into a Flower record: an ArrayRecord a field of arrays, one ConfigRecord."""
+    record, values = RecordDict(), {"message": type(message).__name__}
+    for item in fields(message):
+        value = getattr(message, item.name)
+        if isinstance(value, dict):
+            record[item.name] = ArrayRecord({name: Array(array) for name, array in value.items()})
+        else:
+            values[item.name] = value
+    record["values"] = ConfigRecord(values)
+    return record
+
+
+def from_record(record: RecordDict, *kinds: type[M]) -> M:
+    """Read one of `kinds` back, or raise `MessageError` where a field is missing, extra or of another type."""
+    values = record.config_records.get("values")
+    name = None if values is None else values.get("message")
+    kind = next((kind for kind in kinds if kind.__name__ == name), None)
+    if values is None or kind is None:
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise MessageError(f"expected {expected}, received {name!r}.")
+    hints = get_type_hints(kind)
+    wanted: set[str] = {item.name for item in fields(kind)}  # type: ignore[arg-type]
+    held = (set(record) | set(values)) - {"values", "message"}
+    if held != wanted:
+        raise MessageError(f"{name}: fields {sorted(held ^ wanted)} are missing or unknown.")
+    arguments: dict[str, Any] = {}
+    for item in wanted:
+        if item in record.array_records:
+            arguments[item] = {key: _float32(key, array) for key, array in record.array_records[item].items()}
+        elif item in values and type(values[item]) is hints[item]:
+            arguments[item] = values[item]
+        else:
+            raise MessageError(f"{name}.{item} is not a {hints[item]}.")
+    return kind(**arguments)
+
+
+def _float32(name: str, array: Array) -> np.ndarray[Any, np.dtype[np.float32]]:
+    values = array.numpy()
+    if values.dtype != np.float32:
+        raise MessageError(f"array {name!r} is {values.dtype}; only float32 travels.")
+    return values
+
+
+def request_id(run: str, round_number: int, kind: Kind) -> str:
+    """Name of a question that a site answers once: the same name is the same question, or it is refused."""
+    return f"{run}/{round_number}/{kind}"
+
+
+def request_digest(request: TrainRequest | EvaluateRequest) -> str:
+    """SHA-256 of all that decides the answer: kind, run, round, configuration and arrays."""
+    state = hashlib.sha256()
+    for part in (type(request).__name__, request.run, str(request.round), request.config, digest(request.arrays)):
+        state.update(part.encode() + b"\0")
+    return state.hexdigest()
+
+
+def to_bytes(message: Any) -> bytes:
+    """Serialise a reply to keep it: what a retry resends."""
+    values: dict[str, Any] = {"message": type(message).__name__}
+    arrays: dict[str, Any] = {}
+    for item in fields(message):
+        value = getattr(message, item.name)
+        if isinstance(value, dict):
+            arrays |= {f"{item.name}/{name}": array for name, array in value.items()}
+        else:
+            values[item.name] = value
+    buffer = io.BytesIO()
+    np.savez(buffer, values=np.array(json.dumps(values)), **arrays)
+    return buffer.getvalue()
+
+
+def from_bytes(data: bytes, *kinds: type[M]) -> M:
+    """Read what `to_bytes` wrote."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as kept:
+        arguments: dict[str, Any] = json.loads(str(kept["values"]))
+        for key in kept.files:
+            item, slash, name = key.partition("/")
+            if slash:
+                arguments.setdefault(item, {})[name] = kept[key]
+    name = arguments.pop("message")
+    return next(kind for kind in kinds if kind.__name__ == name)(**arguments)
+
+
+def size(message: Message) -> int:
+    """Bytes of a message's content; 0 for one that carries none."""
+    if not message.has_content():
+        return 0
+    return sum(record.count_bytes() for record in message.content.values())

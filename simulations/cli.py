@@ -1,0 +1,173 @@
+"""The command `moonflower simulate`: parse, prepare, run, print."""
+
+import json
+import logging
+import os
+import signal
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from shared.errors import ConfigError
+from shared.paths import default_database, home
+
+if TYPE_CHECKING:
+    from server.history.records import Round, Run
+    from server.history.store import History
+
+
+@click.command()
+@click.argument("scenario", default="vader")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting; can be given again.")
+@click.option("--epsilon", type=float, help="Short for --set privacy.epsilon=...; inf is without privacy.")
+@click.option("--rounds", type=int, help="Short for --set training.rounds=...")
+@click.option("--seed", type=int, help="Short for --set seed=...")
+@click.option("--resume", metavar="RUN", help="Go on with a run after its last committed round; `last` is the newest.")
+@click.option("--prepare", "prepare_only", is_flag=True, help="Lay out the run for `flwr run` and do not start it.")
+@click.option(
+    "--database",
+    metavar="URL",
+    default=default_database,
+    help="Where the history goes: sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME. "
+    "By default $MOONFLOWER_DATABASE, else history.db in Moonflower's home.",
+)
+@click.option("--quiet", is_flag=True, help="Print the run's id alone.")
+@click.option("--format", "style", type=click.Choice(["table", "json"]), default="table", show_default=True, help="How to print the result.")
+def simulate(
+    scenario: str,
+    settings: tuple[str, ...],
+    epsilon: float | None,
+    rounds: int | None,
+    seed: int | None,
+    resume: str | None,
+    prepare_only: bool,
+    database: str,
+    quiet: bool,
+    style: Literal["table", "json"],
+) -> None:
+    """Fine-tune a pretrained Transformer across virtual sites, on this machine.
+
+    SCENARIO is a built-in scenario or a TOML file. The default, vader, trains all-MiniLM-L6-v2 to tell
+    positive from negative sentences across four sites, with differential privacy at each. The same ServerApp and ClientApp run
+    here as in a deployment, and the whole history goes into a database.
+
+    Example: moonflower simulate --epsilon 3 --set training.learning_rate=1e-3
+    """
+    context = click.get_current_context()
+    if resume is not None and (settings or epsilon or rounds or seed or context.get_parameter_source("scenario") is click.core.ParameterSource.COMMANDLINE):
+        raise ConfigError("--resume goes on with the run's own configuration; leave out the scenario and its settings, or start a new run.")
+    _keep_quiet()
+    from server.history.store import History
+    from simulations import engine, prepare
+    from simulations import scenario as scenarios
+
+    _stop_cleanly_on_sigterm()
+    home().mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=style == "json", quiet=quiet)
+    with History.open(database) as history:
+        if resume is not None:
+            run = history.run(resume).id
+        else:
+            overrides = dict(scenarios.override(text) for text in settings)
+            short = {"privacy.epsilon": epsilon, "training.rounds": rounds, "seed": seed}
+            overrides |= {key: value for key, value in short.items() if value is not None}
+            with console.status("Bringing model and data, planning the noise"):
+                run = prepare.prepare(scenarios.load(scenario, overrides), history)
+        if prepare_only:
+            _print_prepared(run, prepare, database, style)
+            return
+        finished = engine.play(run, database, None if quiet else console)
+        _print_finished(finished, history, database, console, quiet, style)
+
+
+def _keep_quiet() -> None:
+    """Set before Flower and Transformers are imported: no telemetry, no look for updates, no advice."""
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+    os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+def _stop_cleanly_on_sigterm() -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def _print_prepared(run: str, prepare: Any, database: str, style: str) -> None:
+    folder = prepare.run_folder(run)
+    if style == "json":
+        click.echo(json.dumps({"run": run, "folder": str(folder), "database": database}))
+        return
+    click.echo(f"{run} is laid out in {folder}. Run it on Flower's own engine with:")
+    sites = len(prepare.site_files(run))
+    click.echo(f"  flwr run . --federation-config 'num-supernodes={sites}' --run-config 'run=\"{folder}\" database=\"{database}\"'")
+
+
+def _print_finished(run: "Run", history: "History", database: str, console: Console, quiet: bool, style: str) -> None:
+    last = history.last_round(run.id)
+    if last is None:  # a finished run has rounds
+        raise RuntimeError(f"{run.id} finished without a round")
+    if style == "json":
+        click.echo(json.dumps(_as_json(run, last, database)))
+        return
+    if quiet:
+        click.echo(run.id)
+        return
+    from server.history.engine import masked, parse_url
+
+    console.print(_table(run, last))
+    console.print(f"History: {masked(parse_url(database))}", highlight=False, soft_wrap=True)
+    console.print("Next:", highlight=False)
+    for command in (f"history rounds {run.id}", f"history spends {run.id}", f"report {run.id} --out report.html"):
+        console.print(f"  moonflower {command}", highlight=False)
+
+
+def _table(run: "Run", last: "Round") -> Table:
+    test = {metric.name: metric.value for metric in last.metrics if metric.scope == "test"}
+    said = ", ".join(f"{name} {test[name]:.4f}" for name in ("accuracy", "f1", "auc", "loss") if name in test)
+    promise = "" if run.private else "  [bold red]WITHOUT PRIVACY[/bold red]"
+    table = Table(title=f"{run.id}, after {run.rounds_done} rounds: public test {said}{promise}", title_justify="left")
+    for name in ("site", "noise multiplier", "ε train", "ε validation", "δ", "validation accuracy (95 % of the noise)"):
+        table.add_column(name)
+    spends = {(spend.site, spend.part): spend for spend in last.spends}
+    for site in sorted({spend.site for spend in last.spends}):
+        score = next((m for m in last.metrics if (m.scope, m.site, m.name) == ("validation", site, "accuracy")), None)
+        trained, validated = spends.get((site, "train")), spends.get((site, "validation"))
+        table.add_row(
+            site,
+            "–" if trained is None else f"{trained.noise_multiplier:.2f}",
+            "–" if trained is None else _epsilon(trained.epsilon, trained.budget),
+            "–" if validated is None else _epsilon(validated.epsilon, validated.budget),
+            "–" if trained is None else f"{trained.delta:g}",
+            "–" if score is None else f"{score.value:.3f}" + ("" if score.low is None else f" ({score.low:.3f} to {score.high:.3f})"),
+        )
+    return table
+
+
+def _epsilon(spent: float, budget: float) -> str:
+    return f"{spent:.2f} of {budget:g}" if spent != float("inf") else "∞ (no privacy)"
+
+
+def _as_json(run: "Run", last: "Round", database: str) -> dict[str, Any]:
+    from server.history.engine import masked, parse_url
+
+    def number(value: float) -> float | str:
+        return "inf" if value == float("inf") else value
+
+    return {
+        "run": run.id,
+        "status": run.status,
+        "private": run.private,
+        "rounds": run.rounds_done,
+        "test": {metric.name: metric.value for metric in last.metrics if metric.scope == "test"},
+        "validation": {
+            metric.name: metric.value for metric in last.metrics if metric.scope == "validation" and metric.site is None
+        },
+        "epsilon": {f"{spend.site}/{spend.part}": number(spend.epsilon) for spend in last.spends},
+        "database": masked(parse_url(database)),
+    }

@@ -1,0 +1,144 @@
+"""Lay out a simulated federation on the disk: a run's folder, as its coordinator and its sites see it.
+
+    RUN/run.json  test.jsonl  checkpoints/  sites/NAME/{site.toml, records.jsonl, split.key, ledger.db}
+
+A simulated site is born with its run: its data, its policy and its ledger lie in the run's folder.
+"""
+
+import hashlib
+import json
+import secrets
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from client import site as sites
+from client.privacy import policy
+from client.site import Dataset, Site
+from server.app import RUN_FILE, TEST_FILE
+from server.history.store import History
+from shared import __version__, plan
+from shared.errors import ConfigError, DataError, NotFoundError
+from shared.paths import home
+from simulations import vader
+from simulations.scenario import Scenario
+
+ROUNDING = 0.1  # a declared size may differ from the true one by this share
+
+
+def prepare(scenario: Scenario, history: History) -> str:
+    """Check everything that can be checked, lay out the federation, enter the run; return the run's id.
+
+    Raises
+    ------
+    ConfigError, DataError, PolicyError
+        Before anything is written.
+    """
+    records, test = _records(scenario)
+    own = _policy(scenario)
+    for site in scenario.sites:
+        held = len(records[site.name])
+        if abs(site.records - held) > ROUNDING * held:
+            raise ConfigError(
+                f"sites: {site.name!r} declares records={site.records} and holds {held}; declare its size rounded, as {_rounded(held)}."
+            )
+    configs = {site.name: _site(scenario, site.name, site.records, own) for site in scenario.sites}
+    config = scenario.run_config()
+    for site_config in configs.values():
+        policy.check(own, config, plan.make(config, site_config.dataset.card()), site_config.dataset.id)
+
+    run = f"{scenario.name}-{secrets.token_hex(3)}"
+    folder = run_folder(run)
+    folder.mkdir(parents=True)
+    try:
+        for name, site_config in configs.items():
+            place = folder / "sites" / name
+            place.mkdir(parents=True)
+            _write(place / "records.jsonl", records[name])
+            (place / "split.key").write_bytes(hashlib.sha256(f"{scenario.data.split_seed}/{name}".encode()).digest())
+            sites.save(site_config, place / "site.toml")
+        if test:
+            _write(folder / TEST_FILE, test)
+        (folder / RUN_FILE).write_text(json.dumps({"run": run, "config": config.as_dict()}, indent=1), encoding="utf-8")
+        history.create_run(
+            run,
+            name=scenario.name,
+            config=config.as_dict(),
+            config_digest=config.digest,
+            rounds_planned=config.rounds,
+            private=config.privacy.private,
+            version=__version__,
+        )
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    return run
+
+
+def run_folder(run: str) -> Path:
+    """Where a run's folder is."""
+    return (home() / "runs" / run).absolute()
+
+
+def site_files(run: str) -> dict[int, dict[str, str | int | float | bool]]:
+    """Return each virtual node's configuration, as Flower would give it.
+
+    Raises
+    ------
+    NotFoundError
+        Where the run was not simulated here.
+    """
+    found = sorted((run_folder(run) / "sites").glob("*/site.toml"))
+    if not found:
+        raise NotFoundError(f"{run_folder(run)} holds no simulated sites; resume where the run was started (MOONFLOWER_HOME).")
+    return {number: {"site": str(path)} for number, path in enumerate(found, 1)}
+
+
+def _records(scenario: Scenario) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    names = [site.name for site in scenario.sites]
+    if scenario.data.source == "vader":
+        unknown = sorted(set(names) - vader.DOMAINS.keys())
+        if unknown:
+            raise ConfigError(f"sites: {unknown[0]!r} is not a domain of the vader data ({', '.join(vader.DOMAINS)}).")
+        held, kept = vader.split(vader.sentences())
+        test = [_row(sentence) for name in names for sentence in kept[name]]
+        # Not by domain, so that any first part of the test set is like the whole.
+        test.sort(key=lambda row: hashlib.sha256(row["id"].encode()).digest())
+        return {name: [_row(sentence) for sentence in held[name]] for name in names}, test
+    folder = scenario.data.folder or Path()
+    test_file = folder / TEST_FILE
+    return {name: _read(folder / f"{name}.jsonl") for name in names}, _read(test_file) if test_file.exists() else []
+
+
+def _row(sentence: vader.Sentence) -> dict[str, Any]:
+    return {"id": sentence.id, "text": sentence.text, "label": sentence.label}
+
+
+def _policy(scenario: Scenario) -> policy.Policy:
+    """Return the sites' policy; a scenario that asks for no privacy makes sites that allow it."""
+    return scenario.policy if scenario.privacy.private else scenario.policy.model_copy(update={"allow_non_private": True})
+
+
+def _site(scenario: Scenario, name: str, records: int, own: policy.Policy) -> Site:
+    dataset = Dataset(id=f"{scenario.name}.{name}", path=Path("records.jsonl"), records=records, validation=scenario.data.validation)
+    return Site(name=name, dataset=dataset, policy=own, device="auto")
+
+
+def _rounded(count: int) -> int:
+    """Two leading digits."""
+    unit = 10 ** max(0, len(str(count)) - 2)
+    return round(count / unit) * unit
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; data.folder needs one SITE.jsonl for each site.") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON lines: {error}.") from None
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,112 @@
+"""A scenario: a run's configuration and the virtual sites that take part, in one TOML file."""
+
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from client.privacy.policy import Policy
+from client.site import Name
+from shared.errors import ConfigError
+from shared.run_config import RunConfig, Section, parse
+
+DEFAULT = "vader"
+
+
+class Data(Section):
+    """Where the virtual sites' records come from.
+
+    `vader` is the built-in data set. `folder` holds one SITE.jsonl a site and an optional public test.jsonl, each line an
+    object with id, text and label.
+    """
+
+    source: Literal["vader", "folder"] = "vader"
+    folder: Path | None = None
+    split_seed: int = 0  # which of a site's records are validation
+    validation: float = Field(0.1, ge=0.01, le=0.5)
+
+    @model_validator(mode="after")
+    def _folder_is_named(self) -> Self:
+        if (self.source == "folder") != (self.folder is not None):
+            raise ValueError("data.folder is needed with source='folder', and only then")
+        return self
+
+
+class VirtualSite(Section):
+    """A site of the simulation: its name and the rounded size that it declares."""
+
+    name: Name
+    records: int = Field(ge=10)
+
+
+class Scenario(RunConfig):
+    """A run and its sites."""
+
+    data: Data = Data()
+    policy: Policy = Policy(max_epsilon=20.0)
+    sites: tuple[VirtualSite, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _sites_differ(self) -> Self:
+        names = [site.name for site in self.sites]
+        if len(set(names)) != len(names):
+            raise ValueError(f"sites={names} names a site twice")
+        if self.federation.min_sites > len(names):
+            raise ValueError(f"federation.min_sites={self.federation.min_sites} is above the {len(names)} sites")
+        return self
+
+    def run_config(self) -> RunConfig:
+        """The part that travels."""
+        return RunConfig.model_validate({name: getattr(self, name) for name in RunConfig.model_fields})
+
+
+def load(name: str, overrides: dict[str, Any]) -> Scenario:
+    """Read a built-in scenario by name, or a TOML file, with dotted `overrides` on top.
+
+    Raises
+    ------
+    ConfigError
+        One line that names the file and each setting at fault.
+    """
+    path = Path(name)
+    if not name.endswith(".toml"):
+        built_in = files("simulations") / "scenarios" / f"{name}.toml"
+        if not built_in.is_file():
+            known = sorted(item.name.removesuffix(".toml") for item in (files("simulations") / "scenarios").iterdir())
+            raise ConfigError(f"scenario {name!r} is not built in ({', '.join(known)}); name one of these or a .toml file.")
+        path = Path(str(built_in))
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}.") from None
+    for key, value in overrides.items():
+        _put(values, key, value)
+    scenario = parse(Scenario, values, source=path.name)
+    if scenario.data.folder is not None:
+        scenario = scenario.model_copy(update={"data": scenario.data.model_copy(update={"folder": path.parent / scenario.data.folder})})
+    return scenario
+
+
+def override(text: str) -> tuple[str, Any]:
+    """Read `--set KEY=VALUE`; the value is TOML, or else the text itself."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text!r} is not KEY=VALUE, as in --set training.learning_rate=1e-3.")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    at = values
+    for section in sections:
+        at = at.setdefault(section, {})
+        if not isinstance(at, dict):
+            raise ConfigError(f"--set {key}: {section!r} is a value and not a section.")
+    at[last] = value
