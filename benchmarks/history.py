@@ -123,7 +123,7 @@ def databases(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def measure(rounds: int, sites: int) -> dict[str, dict[str, float]]:
-    """Give, for each database, the milliseconds (and for its size, the megabytes) of each measure."""
+    """Give, for each database, the milliseconds of each measure."""
     results = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)

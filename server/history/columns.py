@@ -84,14 +84,10 @@ class FreeText(TypeDecorator[str]):
 
 
 class Score(TypeDecorator[float]):
-    """A float that may be NaN (a diverged loss), kept as NULL, which is what SQLite makes of NaN."""
+    """A float that may be NaN, as a diverged loss is. SQLite keeps NaN as NULL, so NULL reads as NaN."""
 
     impl = Double
     cache_ok = True
-
-    def process_bind_param(self, value: float | None, dialect: Dialect) -> float | None:  # noqa: ARG002
-        """Turn NaN into NULL."""
-        return None if value is None or math.isnan(value) else float(value)
 
     def process_result_value(self, value: float | None, dialect: Dialect) -> float:  # noqa: ARG002
         """Turn NULL into NaN."""

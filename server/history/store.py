@@ -138,6 +138,9 @@ class History:
     def commit_round(self, round: Round) -> None:
         """Write a round, its participations, metrics, spends and checkpoint in one transaction.
 
+        After a DatabaseError, ask `last_round` before trying again: the connection may have broken after
+        the commit was done.
+
         Raises
         ------
         RunFailedError
