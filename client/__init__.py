@@ -1,0 +1,1 @@
+"""The site: its data, its training, and the privacy of what it releases."""

@@ -19,7 +19,15 @@ from shared import messages, models, plan
 from shared.accounting import Release, epsilon
 from shared.arrays import Arrays, same_shapes
 from shared.errors import RefusedError
-from shared.messages import EvaluateReply, EvaluateRequest, JoinReply, JoinRequest, Kind, TrainReply, TrainRequest
+from shared.messages import (
+    EvaluateReply,
+    EvaluateRequest,
+    JoinReply,
+    JoinRequest,
+    Kind,
+    TrainReply,
+    TrainRequest,
+)
 from shared.models import LoadedModel
 from shared.plan import Part, SitePlan
 from shared.run_config import RunConfig
@@ -54,19 +62,23 @@ def answer(resident: Resident, site: Site, kind: Kind, request: Request, randomn
 
 def open_ledger(site: Site) -> Ledger:
     """Open the account of the site's dataset."""
-    return Ledger.open(site.ledger, dataset=site.dataset.id, delta=site.policy.delta, max_epsilon=site.policy.max_epsilon)
+    return Ledger.open(
+        site.ledger, dataset=site.dataset.id, delta=site.policy.delta, max_epsilon=site.policy.max_epsilon
+    )
 
 
-def _join(resident: Resident, site: Site, config: RunConfig, planned: SitePlan, request: JoinRequest, ledger: Ledger) -> JoinReply:
+def _join(
+    resident: Resident, site: Site, config: RunConfig, planned: SitePlan, request: JoinRequest, ledger: Ledger
+) -> JoinReply:
     """Check all that the run will need; a site that joins can finish, unless its budget goes elsewhere."""
     model = resident.model(config, site.device)
-    if request.frozen_digest != model.frozen_digest:
+    if request.base_digest != model.base_digest:
         raise RefusedError(
-            f"model.name={config.model.name!r} is not the coordinator's: its frozen weights differ at this site; install the same "
-            "model, torch and peft on both sides, and pin model.digest."
+            f"model.name={config.model.name!r} is not the coordinator's: its weights differ at this site; install the same "
+            "model on both sides, and pin model.digest."
         )
     if request.shapes != models.shapes(model.arrays()):
-        raise RefusedError("the coordinator's trainable arrays are not this site's; install the same version on both sides.")
+        raise RefusedError("the coordinator's arrays are not this site's; install the same version on both sides.")
     for part in PARTS:
         _check_budget(site, planned, request.run, part, ledger)
     resident.parts(site, config)
@@ -121,7 +133,13 @@ def _release(
         if isinstance(request, TrainRequest):
             update = training.train(resident, site, config, planned, request, randomness(name))
             reply = TrainReply(
-                site.name, request.round, update, release.sampling_rate, release.noise_multiplier, release.steps, spent
+                site.name,
+                request.round,
+                update,
+                release.sampling_rate,
+                release.noise_multiplier,
+                release.steps,
+                spent,
             )
         else:
             histogram = evaluation.evaluate(resident, site, config, planned, request, randomness(name))
@@ -146,14 +164,16 @@ def _planned_release(config: RunConfig, planned: SitePlan, request: TrainRequest
     if not 1 <= request.round <= config.rounds:
         raise RefusedError(f"round {request.round} is outside the run's {config.rounds} rounds.")
     if isinstance(request, TrainRequest):
-        return planned.phases[config.phase_of(request.round)[0]].round_release()
+        return planned.phases[config.place(request.round)[0]].round_release()
     if not config.evaluated(request.round):
-        raise RefusedError(f"round {request.round} is not one that the run's configuration evaluates (evaluation.every).")
+        raise RefusedError(
+            f"round {request.round} is not one that the run's configuration evaluates (evaluation.every)."
+        )
     return Release(1.0, planned.evaluation_noise, 1)
 
 
 def _check_shapes(model: LoadedModel, received: Arrays) -> None:
     if not same_shapes(received, model.arrays()):
-        raise RefusedError("the request's arrays are not the model's trainable arrays.")
+        raise RefusedError("the request's arrays are not the ones that this model exchanges.")
     if not all(np.isfinite(array).all() for array in received.values()):
         raise RefusedError("the request's arrays are not finite.")

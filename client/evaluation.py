@@ -18,7 +18,12 @@ from shared.run_config import RunConfig
 
 
 def evaluate(
-    resident: Resident, site: Site, config: RunConfig, plan: SitePlan, request: EvaluateRequest, randomness: Keystream
+    resident: Resident,
+    site: Site,
+    config: RunConfig,
+    plan: SitePlan,
+    request: EvaluateRequest,
+    randomness: Keystream,
 ) -> Arrays:
     """Return {"counts": (labels, labels, confidence_bins)}, noised, float32."""
     model = resident.model(config, site.device)

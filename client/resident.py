@@ -58,5 +58,7 @@ class Resident:
         model = self.model(config, site.device)
         encoder = arrays.digest({name: array for name, array in trained.items() if not name.startswith(HEAD)})
         return self._features.get(
-            f"{site.name}/{part}/{len(examples)}", encoder, lambda: features(model.module, examples, config.hardware)
+            f"{site.name}/{part}/{len(examples)}",
+            encoder,
+            lambda: features(model.module, examples, config.hardware),
         )

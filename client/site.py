@@ -69,7 +69,9 @@ def load(path: Path) -> Site:
     site = parse(Site, values, source=str(path))
     root = path.parent
     dataset = site.dataset.model_copy(update={"path": root / site.dataset.path})
-    return site.model_copy(update={"dataset": dataset, "ledger": root / site.ledger, "split_key": root / site.split_key})
+    return site.model_copy(
+        update={"dataset": dataset, "ledger": root / site.ledger, "split_key": root / site.split_key}
+    )
 
 
 def save(site: Site, path: Path) -> None:

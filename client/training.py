@@ -23,7 +23,12 @@ from shared.plan import SitePlan
 from shared.run_config import RunConfig
 from shared.tasks.text_classification import Examples, batches, collate
 
-PROBE_LENGTHS = (4, 7, 3, 12)  # tokens; one is the number of records, where a batch is mistaken for a sequence
+PROBE_LENGTHS = (
+    4,
+    7,
+    3,
+    12,
+)  # tokens; one is the number of records, where a batch is mistaken for a sequence
 HEAD_BATCH = 4096  # cached features side by side
 
 
@@ -44,10 +49,14 @@ class EncoderPass:
         """Made-up records for the probe: padded side by side, and each alone; float32."""
         generator = torch.Generator().manual_seed(self._config.seed)
         vocabulary, labels = len(self._model.tokenizer), len(self._config.task.labels)
-        tokens = (tuple(torch.randint(0, vocabulary, (length,), generator=generator).tolist()) for length in PROBE_LENGTHS)
+        tokens = (
+            tuple(torch.randint(0, vocabulary, (length,), generator=generator).tolist()) for length in PROBE_LENGTHS
+        )
         examples = Examples(tuple(tokens), tuple(number % labels for number in range(len(PROBE_LENGTHS))))
         # As wide as it is long, then padded past every record's own length.
-        together = [(group, self._forward(examples, group, width, "float32")) for group, width in (((0, 2), 4), ((1, 3), 16))]
+        together: list[tuple[Sequence[int], Forward]] = [
+            (group, self._forward(examples, group, width, "float32")) for group, width in (((0, 2), 4), ((1, 3), 16))
+        ]
         alone = [self._forward(examples, (number,), length, "float32") for number, length in enumerate(PROBE_LENGTHS)]
         return together, alone
 
@@ -88,7 +97,12 @@ class HeadPass:
 
 
 def train(
-    resident: Resident, site: Site, config: RunConfig, plan: SitePlan, request: TrainRequest, randomness: Keystream
+    resident: Resident,
+    site: Site,
+    config: RunConfig,
+    plan: SitePlan,
+    request: TrainRequest,
+    randomness: Keystream,
 ) -> Arrays:
     """Run one round's local steps and return the update of the phase's trainable arrays.
 
@@ -97,7 +111,7 @@ def train(
     SensitivityError
         Where the probe, or a guard of the engine, finds that a record could exceed the clipping norm.
     """
-    name, phase = config.phase_of(request.round)
+    name, phase, _ = config.place(request.round)
     steps = plan.phases[name]
     model = resident.model(config, site.device)
     arrays.write(model.module, request.arrays)
@@ -110,14 +124,17 @@ def train(
     else:
         objective = EncoderPass(model, examples, config)
     clipping = Clipping(phase.clipping_norm, config.privacy.clipping)
+    velocity = {parameter: torch.zeros_like(value) for parameter, value in parameters.items()}
     with PerRecordGradients(objective.module, parameters) as gradients:
         probe.check(gradients, *objective.made_up())
         for _ in range(steps.steps_per_round):
             total = ClippedSum(gradients, clipping)
-            for group, forward in objective.groups(randomness.poisson_sample(len(examples), steps.sampling_rate).tolist()):
+            for group, forward in objective.groups(
+                randomness.poisson_sample(len(examples), steps.sampling_rate).tolist()
+            ):
                 total.add(forward, len(group))
-            mean = total.noised_mean(steps.noise_multiplier, steps.divisor, randomness)
             with torch.no_grad():
-                for parameter, value in mean.items():
-                    parameters[parameter].sub_(phase.learning_rate * value)
+                for parameter, mean in total.noised_mean(steps.noise_multiplier, steps.divisor, randomness).items():
+                    velocity[parameter] = phase.momentum * velocity[parameter] + mean
+                    parameters[parameter].sub_(phase.learning_rate * velocity[parameter])
     return arrays.difference(arrays.read(model.module, trained), request.arrays)

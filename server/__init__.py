@@ -1,0 +1,1 @@
+"""The coordinator: the round loop, its history, and the commands that read it."""

@@ -35,7 +35,9 @@ class Fold:
         UpdateError
             Before anything is added.
         """
-        if {name: array.shape for name, array in update.items()} != {name: array.shape for name, array in self._sums.items()}:
+        if {name: array.shape for name, array in update.items()} != {
+            name: array.shape for name, array in self._sums.items()
+        }:
             raise UpdateError("the update's arrays are not the ones that were asked for.")
         scaled = {name: np.rint(array.astype(np.float64) * (weight / GRID)) * GRID for name, array in update.items()}
         for name, array in scaled.items():

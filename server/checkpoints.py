@@ -53,7 +53,9 @@ def read(folder: Path, digest: str) -> ServerState:
     if not place.is_file():
         raise NotFoundError(f"checkpoint {place} is missing; restore it from a backup to resume this run.")
     if file_digest(place) != digest:
-        raise NotFoundError(f"checkpoint {place} is damaged: its content is not what its name says; restore it from a backup.")
+        raise NotFoundError(
+            f"checkpoint {place} is damaged: its content is not what its name says; restore it from a backup."
+        )
     try:
         with safe_open(place, framework="numpy") as held:
             sections: dict[str, Arrays] = {section: {} for section in SECTIONS}

@@ -51,9 +51,7 @@ _limit = click.option(
     help="Show the newest N rows; 0 shows all.",
 )
 _site = click.option("--site", help="Only this site.")
-_round = click.option(
-    "--round", "round_number", metavar="N", type=click.IntRange(min=1), help="Only this round."
-)
+_round = click.option("--round", "round_number", metavar="N", type=click.IntRange(min=1), help="Only this round.")
 _run = click.argument("run_id", metavar="RUN")
 
 
@@ -175,9 +173,7 @@ def upgrade(database: str) -> None:
     if before.revision == after.revision:
         click.echo(f"{after.place}: already at revision {after.revision}.")
     else:
-        click.echo(
-            f"{after.place}: upgraded from {before.revision or 'nothing'} to revision {after.revision}."
-        )
+        click.echo(f"{after.place}: upgraded from {before.revision or 'nothing'} to revision {after.revision}.")
 
 
 @database.command()

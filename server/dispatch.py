@@ -32,13 +32,24 @@ class Answer(Generic[R]):
     bytes_up: int
 
 
-def ask(grid: Grid, kind: Kind, nodes: Sequence[int], request: Any, expected: type[R], *, group: str, deadline: float) -> Iterator[Answer[R]]:
+def ask(
+    grid: Grid,
+    kind: Kind,
+    nodes: Sequence[int],
+    request: Any,
+    expected: type[R],
+    *,
+    group: str,
+    deadline: float,
+) -> Iterator[Answer[R]]:
     """Send one request to each node and yield one answer a node, in order of arrival.
 
     Nodes that have not answered `deadline` seconds after the request was sent are yielded last, as timeouts.
     """
     content = to_record(request)
-    messages = [Message(content=content, dst_node_id=node, message_type=FLOWER_TYPES[kind], group_id=group) for node in nodes]
+    messages = [
+        Message(content=content, dst_node_id=node, message_type=FLOWER_TYPES[kind], group_id=group) for node in nodes
+    ]
     down = size(messages[0]) if messages else 0
     started = time.monotonic()
     sent = dict(zip(grid.push_messages(messages), nodes, strict=True))
@@ -57,10 +68,18 @@ def ask(grid: Grid, kind: Kind, nodes: Sequence[int], request: Any, expected: ty
 
 def _read(message: Message, node: int, expected: type[R], seconds: float, down: int) -> Answer[R]:
     if message.has_error():
-        return Answer(node, "failed", None, message.error.reason or f"Flower error {message.error.code}.", seconds, down, 0)
+        return Answer(
+            node,
+            "failed",
+            None,
+            message.error.reason or f"Flower error {message.error.code}.",
+            seconds,
+            down,
+            0,
+        )
     up = size(message)
     try:
-        reply = from_record(message.content, expected, Refusal)
+        reply: R | Refusal = from_record(message.content, expected, Refusal)
     except MessageError as error:
         return Answer(node, "failed", None, str(error), seconds, down, up)
     if isinstance(reply, Refusal):

@@ -53,7 +53,9 @@ def _read(path: Path, config: RunConfig) -> tuple[list[str], list[int]]:
         for row, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             record = json.loads(line)
             if str(record["label"]) not in numbers:
-                raise DataError(f"{path}, row {row}: label {record['label']!r} is not one of the declared {list(numbers)}.")
+                raise DataError(
+                    f"{path}, row {row}: label {record['label']!r} is not one of the declared {list(numbers)}."
+                )
             texts.append(record["text"])
             labels.append(numbers[str(record["label"])])
     except (OSError, ValueError, KeyError, TypeError) as error:

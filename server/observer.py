@@ -32,7 +32,13 @@ class Log:
     def run_started(self, run: Run, sites: list[JoinReply]) -> None:
         """Log who joined."""
         kind = "private" if run.private else "WITHOUT PRIVACY (epsilon inf)"
-        log.info("run %s: %d rounds, %s, sites %s", run.id, run.rounds_planned, kind, ", ".join(site.site for site in sites))
+        log.info(
+            "run %s: %d rounds, %s, sites %s",
+            run.id,
+            run.rounds_planned,
+            kind,
+            ", ".join(site.site for site in sites),
+        )
 
     def round_started(self, number: int, phase: str) -> None:
         """Log nothing: the line comes when the round is done."""
@@ -54,5 +60,7 @@ def summary(done: Round) -> str:
     spends = [spend for spend in done.spends if spend.part == "train"]
     if spends:
         largest = max(spends, key=lambda spend: spend.epsilon)
-        said.append(f"epsilon {largest.epsilon:.2f} of {largest.budget:g}" if math.isfinite(largest.epsilon) else "no privacy")
+        said.append(
+            f"epsilon {largest.epsilon:.2f} of {largest.budget:g}" if math.isfinite(largest.epsilon) else "no privacy"
+        )
     return ", ".join(said)

@@ -44,20 +44,26 @@ def enter(state: ServerState, phase: str, names: tuple[str, ...]) -> ServerState
     return ServerState(state.published, state.published, zeros, dict(zeros), 0, phase)
 
 
-def step(state: ServerState, settings: Phase, update: Arrays) -> ServerState:
+def step(state: ServerState, settings: Phase, update: Arrays, *, done: float = 0.0) -> ServerState:
     """Move the iterate by the sites' mean update.
 
     `adam` takes it as a gradient (Reddi et al. 2021, "Adaptive federated optimization", with bias correction);
-    `sgd` adds it with heavy-ball momentum. The published average starts with the phase's first step.
+    `sgd` adds it with heavy-ball momentum. The published average starts with the phase's first step. `done` is the share
+    of the phase that lies behind, for the learning rate's schedule.
     """
     steps = state.steps + 1
-    decay, rate = np.float32(settings.server_momentum), np.float32(settings.server_learning_rate)
+    decay, rate = (
+        np.float32(settings.server_momentum),
+        np.float32(settings.server_learning_rate * schedule(settings, done)),
+    )
     iterate, published = dict(state.iterate), dict(state.published)
     first, second = dict(state.first), dict(state.second)
     for name, delta in update.items():
         if settings.server_optimizer == "adam":
             first[name] = decay * first[name] + (1 - decay) * delta
-            second[name] = np.float32(SECOND_MOMENT_DECAY) * second[name] + np.float32(1 - SECOND_MOMENT_DECAY) * delta * delta
+            second[name] = (
+                np.float32(SECOND_MOMENT_DECAY) * second[name] + np.float32(1 - SECOND_MOMENT_DECAY) * delta * delta
+            )
             mean = first[name] / np.float32(1 - settings.server_momentum**steps)
             spread = np.sqrt(second[name] / np.float32(1 - SECOND_MOMENT_DECAY**steps))
             move = mean / (spread + np.float32(EPSILON))
@@ -68,3 +74,10 @@ def step(state: ServerState, settings: Phase, update: Arrays) -> ServerState:
         keep = np.float32(min(settings.server_average, 1 - 1 / steps))
         published[name] = (keep * published[name] + (1 - keep) * iterate[name]).astype(np.float32)
     return replace(state, iterate=iterate, published=published, first=first, second=second, steps=steps)
+
+
+def schedule(settings: Phase, done: float) -> float:
+    """Share of the learning rate after the share `done` of a phase: 1 for its first half, then falling to a tenth."""
+    if settings.server_schedule == "constant":
+        return 1.0
+    return min(1.0, max(0.1, 2 * (1 - done) * 0.9 + 0.1))

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -18,7 +18,7 @@ from server import checkpoints, optimization, selection
 from server.aggregation import Fold, UpdateError
 from server.dispatch import Answer, ask
 from server.evaluation import TestSet
-from server.history.records import Kind, Metric, Participation, Round, Run, Spend
+from server.history.records import Kind, Metric, Part, Participation, Round, Run, Spend
 from server.history.store import History
 from server.observer import Observer
 from server.optimization import ServerState
@@ -70,7 +70,9 @@ class Campaign:
         RunFailedError
             With the sites' reasons, where fewer than `federation.min_sites` join.
         """
-        request = JoinRequest(self.job.run, self.config.as_json(), self.model.frozen_digest, models.shapes(self.model.arrays()))
+        request = JoinRequest(
+            self.job.run, self.config.as_json(), self.model.base_digest, models.shapes(self.model.arrays())
+        )
         reasons: list[str] = []
         for answer in ask(self.grid, "join", self._nodes(), request, JoinReply, group="join", deadline=JOIN_DEADLINE):
             if answer.reply is not None:
@@ -81,7 +83,9 @@ class Campaign:
                 self.observer.answered(0, "join", f"node {answer.node}", answer.outcome, answer.error)
         names = [reply.site for reply in self.sites.values()]
         if len(set(names)) != len(names):
-            raise RunFailedError(f"two nodes call themselves by one site's name: {sorted(names)}; give each its own name in site.toml.")
+            raise RunFailedError(
+                f"two nodes call themselves by one site's name: {sorted(names)}; give each its own name in site.toml."
+            )
         if len(names) < self.config.federation.min_sites:
             raise RunFailedError(
                 f"{len(names)} of the federation.min_sites={self.config.federation.min_sites} sites joined"
@@ -103,12 +107,14 @@ class Campaign:
 
     def train(self, number: int, state: ServerState, seen: "Seen") -> ServerState:
         """Send the iterate out, fold the sites' updates in, and take the server's step."""
-        name, settings = self.config.phase_of(number)
+        name, settings, step = self.config.place(number)
         state = optimization.enter(state, name, self.model.names(name))
         request = TrainRequest(self.job.run, self.config.as_json(), number, state.iterate)
-        fold = Fold(state.first)
+        fold = Fold(state.first)  # shaped like the phase's arrays
         folded = 0
-        for answer in self._ask("train", number, request, TrainReply, selection.select(self.config, number, self.sites)):
+        for answer in self._ask(
+            "train", number, request, TrainReply, selection.select(self.config, number, self.sites)
+        ):
             reply, error = answer.reply, answer.error
             if reply is not None:
                 try:
@@ -117,14 +123,25 @@ class Campaign:
                     error = str(refused)
                 else:
                     folded += 1
-                    seen.spends.append(self._spend(answer.node, reply.epsilon, reply.noise_multiplier, reply.sampling_rate, reply.steps))
+                    seen.spends.append(
+                        self._spend(
+                            answer.node,
+                            reply.epsilon,
+                            reply.noise_multiplier,
+                            reply.sampling_rate,
+                            reply.steps,
+                        )
+                    )
             self._saw(seen, number, "train", answer, error)
         if folded < self.config.federation.min_sites:
             raise RunFailedError(
                 f"round {number}: {folded} of the federation.min_sites={self.config.federation.min_sites} sites sent an update; "
-                + next((f"{item.site}: {item.error}" for item in seen.participations if item.error), "no reason was given")
+                + next(
+                    (f"{item.site}: {item.error}" for item in seen.participations if item.error),
+                    "no reason was given",
+                )
             )
-        return optimization.step(state, settings, fold.mean())
+        return optimization.step(state, settings, fold.mean(), done=(step - 1) / settings.rounds)
 
     def evaluate(self, number: int, state: ServerState, seen: "Seen") -> None:
         """Score what the round published: on the public test set, and by the sites' released histograms."""
@@ -138,28 +155,46 @@ class Campaign:
             reply, error = answer.reply, answer.error
             if reply is not None:
                 counts = reply.histogram["counts"].astype(np.float64)
-                if counts.shape != (len(self.config.task.labels),) * 2 + (self.config.evaluation.confidence_bins,) or not np.isfinite(counts).all():
+                if (
+                    counts.shape != (len(self.config.task.labels),) * 2 + (self.config.evaluation.confidence_bins,)
+                    or not np.isfinite(counts).all()
+                ):
                     error = "the histogram is not the one that was asked for."
                 else:
                     seen.metrics += _validation(counts, reply.noise_multiplier, reply.site)
-                    seen.spends.append(self._spend(answer.node, reply.epsilon, reply.noise_multiplier, 1.0, 1, part="validation"))
+                    seen.spends.append(
+                        self._spend(answer.node, reply.epsilon, reply.noise_multiplier, 1.0, 1, part="validation")
+                    )
                     total = counts if total.size == 0 else total + counts
                     variance += reply.noise_multiplier**2
             self._saw(seen, number, "evaluate", answer, error)
         if total.size:
             seen.metrics += _validation(total, variance**0.5, None)
 
-    def _ask(self, kind: Kind, number: int, request: object, expected: type[R], nodes: list[int]) -> Iterable[Answer[R]]:
+    def _ask(
+        self, kind: Kind, number: int, request: object, expected: type[R], nodes: list[int]
+    ) -> Iterable[Answer[R]]:
         group, deadline = str(number), self.config.federation.deadline
         return ask(self.grid, kind, nodes, request, expected, group=group, deadline=deadline)
 
-    def _saw(self, seen: "Seen", number: int, kind: Kind, answer: Answer[TrainReply] | Answer[EvaluateReply], error: str | None) -> None:
+    def _saw(
+        self,
+        seen: "Seen",
+        number: int,
+        kind: Kind,
+        answer: Answer[TrainReply] | Answer[EvaluateReply],
+        error: str | None,
+    ) -> None:
         outcome = "failed" if error is not None and answer.outcome == "ok" else answer.outcome
         site = self.sites[answer.node].site
-        seen.participations.append(Participation(site, kind, outcome, answer.seconds, answer.bytes_down, answer.bytes_up, error))
+        seen.participations.append(
+            Participation(site, kind, outcome, answer.seconds, answer.bytes_down, answer.bytes_up, error)
+        )
         self.observer.answered(number, kind, site, outcome, error)
 
-    def _spend(self, node: int, epsilon: float, noise: float, rate: float, steps: int, *, part: str = "train") -> Spend:
+    def _spend(
+        self, node: int, epsilon: float, noise: float, rate: float, steps: int, *, part: Part = "train"
+    ) -> Spend:
         site, privacy = self.sites[node], self.config.privacy
         return Spend(site.site, site.dataset, part, epsilon, privacy.delta, noise, rate, steps, privacy.epsilon)
 
@@ -174,13 +209,16 @@ class Seen:
 
 
 def _validation(counts: np.ndarray, noise: float, site: str | None) -> list[Metric]:
-    return [Metric("validation", site, score.name, score.value, score.low, score.high) for score in metrics.scores(counts, noise)]
+    return [
+        Metric("validation", site, score.name, score.value, score.low, score.high)
+        for score in metrics.scores(counts, noise)
+    ]
 
 
 def play(campaign: Campaign, number: int, state: ServerState, attempt: int) -> tuple[ServerState, Round]:
     """Play one round and commit it."""
     started, clock = datetime.now(UTC), time.monotonic()
-    phase, _ = campaign.config.phase_of(number)
+    phase, _, _ = campaign.config.place(number)
     campaign.observer.round_started(number, phase)
     seen = Seen([], [], [])
     state = campaign.train(number, state, seen)
@@ -222,7 +260,7 @@ def run(job: Job, grid: Grid, history: History, observer: Observer, *, engine: s
             kept.append(played.checkpoint.digest)
             checkpoints.prune(job.checkpoints, set(kept[-job.config.federation.keep_checkpoints :]))
     except BaseException as error:
-        outcome = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        outcome: Literal["stopped", "failed"] = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
         history.end_attempt(job.run, attempt.number, outcome, str(error) or type(error).__name__)
         history.finish_run(job.run, outcome, attempt=attempt.number)
         raise

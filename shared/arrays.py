@@ -32,7 +32,9 @@ def difference(after: Arrays, before: Arrays) -> Arrays:
 
 def same_shapes(arrays: Mapping[str, npt.NDArray[np.float32]], expected: Mapping[str, npt.NDArray[np.float32]]) -> bool:
     """Whether both hold the same names with the same shapes."""
-    return {name: array.shape for name, array in arrays.items()} == {name: array.shape for name, array in expected.items()}
+    return {name: array.shape for name, array in arrays.items()} == {
+        name: array.shape for name, array in expected.items()
+    }
 
 
 def nbytes(arrays: Mapping[str, npt.NDArray[np.float32]]) -> int:

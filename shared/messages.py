@@ -40,8 +40,8 @@ class JoinRequest:
 
     run: str
     config: str  # RunConfig as canonical JSON
-    frozen_digest: str  # of every parameter that is not trained
-    shapes: str  # of the trainable arrays, JSON
+    base_digest: str  # of every parameter that is not exchanged
+    shapes: str  # of the exchanged arrays, JSON
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ class MessageError(MoonflowerError):
 
 def to_record(message: Any) -> RecordDict:
     """Turn one of this module's messages into a Flower record: an ArrayRecord a field of arrays, one ConfigRecord."""
-    record, values = RecordDict(), {"message": type(message).__name__}
+    record = RecordDict()
+    values: dict[str, Any] = {"message": type(message).__name__}
     for item in fields(message):
         value = getattr(message, item.name)
         if isinstance(value, dict):
@@ -136,10 +137,10 @@ def to_record(message: Any) -> RecordDict:
     return record
 
 
-def from_record(record: RecordDict, *kinds: type[M]) -> M:
+def from_record(record: RecordDict, *kinds: type[Any]) -> Any:
     """Read one of `kinds` back, or raise `MessageError` where a field is missing, extra or of another type."""
     values = record.config_records.get("values")
-    name = None if values is None else values.get("message")
+    name = None if values is None else str(values.get("message"))
     kind = next((kind for kind in kinds if kind.__name__ == name), None)
     if values is None or kind is None:
         expected = " or ".join(kind.__name__ for kind in kinds)
@@ -175,7 +176,13 @@ def request_id(run: str, round_number: int, kind: Kind) -> str:
 def request_digest(request: TrainRequest | EvaluateRequest) -> str:
     """SHA-256 of all that decides the answer: kind, run, round, configuration and arrays."""
     state = hashlib.sha256()
-    for part in (type(request).__name__, request.run, str(request.round), request.config, digest(request.arrays)):
+    for part in (
+        type(request).__name__,
+        request.run,
+        str(request.round),
+        request.config,
+        digest(request.arrays),
+    ):
         state.update(part.encode() + b"\0")
     return state.hexdigest()
 

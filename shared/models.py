@@ -8,7 +8,7 @@ function.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,25 +56,27 @@ class TextClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to be trained: its module in train mode, and the names of what is trained."""
+    """A model ready to be trained: its module in train mode, and the names of what is trained and sent.
+
+    `exchanged` is `trainable` and, for LoRA, the frozen A: the coordinator chooses it, so no site has to
+    repeat its random draw or its singular vectors to the bit.
+    """
 
     module: TextClassifier
     tokenizer: PreTrainedTokenizerBase
     trainable: tuple[str, ...]
-    frozen_digest: str
-
-    @property
-    def head(self) -> tuple[str, ...]:
-        """Names of the head's parameters."""
-        return tuple(name for name in self.trainable if name.startswith(HEAD))
+    exchanged: tuple[str, ...]
+    base_digest: str  # of every parameter that is not exchanged
 
     def names(self, phase: str) -> tuple[str, ...]:
-        """What a phase trains: the warm start trains the head alone."""
-        return self.head if phase == "warm_start" else self.trainable
+        """What a phase trains: the whole trainable part, or before and after it the head alone."""
+        return (
+            self.trainable if phase == "training" else tuple(name for name in self.trainable if name.startswith(HEAD))
+        )
 
     def arrays(self) -> Arrays:
-        """Copy of the trainable arrays."""
-        return read_arrays(self.module, self.trainable)
+        """Copy of the exchanged arrays."""
+        return read_arrays(self.module, self.exchanged)
 
 
 def load(config: RunConfig) -> LoadedModel:
@@ -93,7 +95,9 @@ def load(config: RunConfig) -> LoadedModel:
             if isinstance(value, float) and ("dropout" in name or "drop" in name.split("_") or name.endswith("pdrop")):
                 setattr(settings, name, 0.0)
         tokenizer = _from_pretrained(AutoTokenizer, folder, config.model.name)
-        encoder = _from_pretrained(AutoModel, folder, config.model.name, config=settings, dtype=torch.float32, use_safetensors=True)
+        encoder = _from_pretrained(
+            AutoModel, folder, config.model.name, config=settings, dtype=torch.float32, use_safetensors=True
+        )
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # the head pools by itself; an unused parameter would get no gradient
     with torch.random.fork_rng(devices=[]):
@@ -103,39 +107,56 @@ def load(config: RunConfig) -> LoadedModel:
             _adapt(module, config.model)
     trainable = _choose(module, config.model)
     module.train()
-    frozen = {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    return LoadedModel(module, tokenizer, trainable, digest(read_arrays(module, frozen)))
+    names = [name for name, _ in module.named_parameters()]
+    exchanged = tuple(name for name in names if name in trainable or ".lora_A." in name)
+    base = [name for name in names if name not in exchanged]
+    return LoadedModel(module, tokenizer, trainable, exchanged, digest(read_arrays(module, base)))
 
 
 def _adapt(module: TextClassifier, model: Model) -> None:
     lora = model.lora
-    layers = getattr(module.encoder.config, "num_hidden_layers", 0)
-    last = None if lora.last_layers is None else list(range(max(0, layers - lora.last_layers), layers))
+    layers = None if lora.layers is None else list(lora.layers)
     targets = "all-linear" if lora.targets == ("all-linear",) else list(lora.targets)
     settings = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, layers_to_transform=last, lora_dropout=0.0, bias="none"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=targets,
+        layers_to_transform=layers,
+        lora_dropout=0.0,
+        bias="none",
     )
     try:
-        inject_adapter_in_model(settings, module.encoder)  # type: ignore[arg-type]
+        inject_adapter_in_model(settings, module.encoder)
     except ValueError:
-        linear = sorted({name.rpartition(".")[2] for name, part in module.encoder.named_modules() if isinstance(part, nn.Linear)})
+        linear = sorted(
+            {name.rpartition(".")[2] for name, part in module.encoder.named_modules() if isinstance(part, nn.Linear)}
+        )
         raise ModelError(
-            f"model.lora.targets={list(lora.targets)} match no layer of {model.name}; its linear layers are {linear}."
+            f"model.lora.targets={list(lora.targets)} (model.lora.layers={layers}) match no layer of {model.name}; its linear layers are {linear}."
         ) from None
+    if lora.init == "svd":
+        parameters = dict(module.named_parameters())
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if ".lora_A." in name:
+                    base = parameters[name.partition(".lora_A.")[0] + ".base_layer.weight"]
+                    parameter.copy_(torch.linalg.svd(base, full_matrices=False).Vh[: lora.rank])
 
 
 def _choose(module: TextClassifier, model: Model) -> tuple[str, ...]:
-    wanted = {
+    wanted: dict[str, Callable[[str], bool]] = {
         "lora": lambda name: ".lora_B." in name,
-        "full": lambda name: True,
-        "head": lambda name: False,
+        "full": lambda _: True,
+        "head": lambda _: False,
         "bias": lambda name: name.endswith(".bias"),
     }[model.trainable]
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name.startswith(HEAD) or wanted(name))
     names = tuple(name for name, parameter in module.named_parameters() if parameter.requires_grad)
     if model.trainable != "head" and all(name.startswith(HEAD) for name in names):
-        raise ModelError(f"model.trainable={model.trainable!r} leaves nothing to train in {model.name} but the head; use 'head' or 'lora'.")
+        raise ModelError(
+            f"model.trainable={model.trainable!r} leaves nothing to train in {model.name} but the head; use 'head' or 'lora'."
+        )
     return names
 
 
@@ -146,7 +167,9 @@ def _folder(model: Model) -> str:
     elif Path(model.name).expanduser().is_dir():
         folder = Path(model.name).expanduser()
     elif model.name.startswith((".", "/", "~")):
-        raise ModelError(f"model.name={model.name!r} is not a folder; give a folder with config.json and model.safetensors.")
+        raise ModelError(
+            f"model.name={model.name!r} is not a folder; give a folder with config.json and model.safetensors."
+        )
     elif model.digest is None:
         return model.name
     else:
@@ -168,7 +191,9 @@ def _hub_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelError(f"model.name={name!r} is neither a folder nor a model that the hub gives: {_first_line(error)}") from None
+        raise ModelError(
+            f"model.name={name!r} is neither a folder nor a model that the hub gives: {_first_line(error)}"
+        ) from None
 
 
 def weights_digest(folder: Path) -> str:
@@ -199,8 +224,8 @@ def _first_line(error: Exception) -> str:
 def _quiet() -> Iterator[None]:
     """Keep transformers' report of the parts we drop (its pooler) and its progress bars off the screen."""
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -227,7 +252,9 @@ def pick_device(wanted: str) -> torch.device:
     except RuntimeError:
         raise ModelError(f"device={wanted!r} is not a device; use auto, cpu, cuda or cuda:N.") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"device={wanted!r} is not on this machine, which has {torch.cuda.device_count()} CUDA devices; use auto or cpu.")
+        raise ModelError(
+            f"device={wanted!r} is not on this machine, which has {torch.cuda.device_count()} CUDA devices; use auto or cpu."
+        )
     return device
 
 
@@ -238,7 +265,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     in any case.
     """
     if precision == "auto":
-        quick = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+        quick = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else torch.cpu._is_amx_tile_supported()
+        )
     else:
         quick = precision == "bfloat16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=quick)

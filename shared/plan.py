@@ -94,7 +94,7 @@ def make(config: RunConfig, card: DatasetCard) -> SitePlan:
             f"privacy.delta={privacy.delta:g} is above 1/(10 x records) = {1 / (10 * card.records):.2g} for dataset "
             f"{card.dataset!r} of {card.records} records; lower privacy.delta."
         )
-    phases = {name: phase for name, phase in (("warm_start", config.warm_start), ("training", config.training)) if phase.rounds}
+    phases = config.phases
     rates = {name: sampling_rate(phase, name, card) for name, phase in phases.items()}
     sigma = calibrate(
         tuple(PlannedSteps(rates[name], phase.steps, phase.noise_ratio) for name, phase in phases.items()),
@@ -112,7 +112,9 @@ def make(config: RunConfig, card: DatasetCard) -> SitePlan:
         )
     return SitePlan(
         phases={
-            name: PhasePlan(rates[name], noises[name], phase.local_steps, phase.rounds, rates[name] * card.train_records)
+            name: PhasePlan(
+                rates[name], noises[name], phase.local_steps, phase.rounds, rates[name] * card.train_records
+            )
             for name, phase in phases.items()
         },
         evaluation_noise=evaluation_noise,

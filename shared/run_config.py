@@ -27,12 +27,17 @@ class Section(BaseModel):
 
 
 class Lora(Section):
-    """Low-rank adapters. A is drawn from the run's seed and frozen, B is trained: averaging B is exact."""
+    """Low-rank adapters. A is chosen by the coordinator and frozen, B is trained: averaging B is exact.
+
+    A is drawn from the run's seed (`random`), or holds the frozen weight's leading right singular vectors
+    (`svd`): the directions to which that layer already listens.
+    """
 
     rank: Count = 8
-    alpha: Positive = 16.0
+    alpha: Count = 16
     targets: tuple[str, ...] = Field(("query", "value"), min_length=1)
-    last_layers: Count | None = None  # adapt only the last N layers; None adapts all
+    layers: tuple[int, ...] | None = None  # numbers of the layers to adapt, from 0; None adapts all
+    init: Literal["random", "svd"] = "random"
 
 
 class Model(Section):
@@ -45,7 +50,9 @@ class Model(Section):
     name: str = Field(min_length=1)
     digest: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     trainable: Literal["lora", "full", "head", "bias"] = "lora"
-    feature_scale: Positive = 1.0  # of the pooled feature; a smaller one leaves more of a clipped gradient to the encoder
+    feature_scale: Positive = (
+        1.0  # of the pooled feature; a smaller one leaves more of a clipped gradient to the encoder
+    )
     lora: Lora = Lora()
 
 
@@ -74,12 +81,14 @@ class Phase(Section):
     batch_size: Count | None = None
     sampling_rate: Share | None = None
     local_steps: Count = 1
-    learning_rate: Positive = 1.0  # of the site's plain gradient steps
+    learning_rate: Positive = 1.0  # of the site's gradient steps
+    momentum: float = Field(0.0, ge=0, lt=1)  # of the site's steps, within a round
     clipping_norm: Positive = 0.05
     noise_ratio: Positive = 1.0  # this phase's noise multiplier over the run's common one
     server_optimizer: Literal["adam", "sgd"] = "adam"
     server_learning_rate: Positive = 5e-3
     server_momentum: float = Field(0.9, ge=0, lt=1)
+    server_schedule: Literal["constant", "decay"] = "constant"  # decay: from half of the phase on, down to a tenth
     server_average: float = Field(0.0, ge=0, lt=1)  # decay of the published moving average; 0: none
 
     @model_validator(mode="after")
@@ -146,6 +155,7 @@ class RunConfig(Section):
     task: Task
     warm_start: Phase = Phase(rounds=0)
     training: Phase
+    refit: Phase = Phase(rounds=0)
     privacy: Privacy = Privacy()
     federation: Federation = Federation()
     evaluation: Evaluation = Evaluation()
@@ -154,19 +164,28 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _training_trains(self) -> Self:
         if self.rounds < 1:
-            raise ValueError("training.rounds=0 and warm_start.rounds=0 leave nothing to do; set training.rounds")
+            raise ValueError("no phase has a round, which leaves nothing to do; set training.rounds")
         return self
 
     @property
-    def rounds(self) -> int:
-        """Rounds of the whole run, the warm start's first."""
-        return self.warm_start.rounds + self.training.rounds
+    def phases(self) -> dict[str, Phase]:
+        """The phases that have rounds, in order: the head alone, what `model.trainable` names, the head again."""
+        every = {"warm_start": self.warm_start, "training": self.training, "refit": self.refit}
+        return {name: phase for name, phase in every.items() if phase.rounds}
 
-    def phase_of(self, number: int) -> tuple[Literal["warm_start", "training"], Phase]:
-        """Name and settings of the phase that round `number` (from 1) belongs to."""
-        if number <= self.warm_start.rounds:
-            return "warm_start", self.warm_start
-        return "training", self.training
+    @property
+    def rounds(self) -> int:
+        """Rounds of the whole run."""
+        return sum(phase.rounds for phase in self.phases.values())
+
+    def place(self, number: int) -> tuple[str, Phase, int]:
+        """Name and settings of the phase that round `number` (from 1) belongs to, and its number in the phase (from 1)."""
+        left = number
+        for name, phase in self.phases.items():
+            if left <= phase.rounds:
+                return name, phase, left
+            left -= phase.rounds
+        raise ConfigError(f"round {number} is outside the run's {self.rounds} rounds.")
 
     def evaluated(self, number: int) -> bool:
         """Whether the sites release a histogram after round `number`: a public plan, fixed in advance."""

@@ -1,0 +1,1 @@
+"""Federations on one machine: virtual sites, scenarios, and the in-process Grid."""

@@ -34,7 +34,14 @@ if TYPE_CHECKING:
     "By default $MOONFLOWER_DATABASE, else history.db in Moonflower's home.",
 )
 @click.option("--quiet", is_flag=True, help="Print the run's id alone.")
-@click.option("--format", "style", type=click.Choice(["table", "json"]), default="table", show_default=True, help="How to print the result.")
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="How to print the result.",
+)
 def simulate(
     scenario: str,
     settings: tuple[str, ...],
@@ -56,8 +63,16 @@ def simulate(
     Example: moonflower simulate --epsilon 3 --set training.learning_rate=1e-3
     """
     context = click.get_current_context()
-    if resume is not None and (settings or epsilon or rounds or seed or context.get_parameter_source("scenario") is click.core.ParameterSource.COMMANDLINE):
-        raise ConfigError("--resume goes on with the run's own configuration; leave out the scenario and its settings, or start a new run.")
+    if resume is not None and (
+        settings
+        or epsilon
+        or rounds
+        or seed
+        or context.get_parameter_source("scenario") is click.core.ParameterSource.COMMANDLINE
+    ):
+        raise ConfigError(
+            "--resume goes on with the run's own configuration; leave out the scenario and its settings, or start a new run."
+        )
     _keep_quiet()
     from server.history.store import History
     from simulations import engine, prepare
@@ -105,7 +120,9 @@ def _print_prepared(run: str, prepare: Any, database: str, style: str) -> None:
         return
     click.echo(f"{run} is laid out in {folder}. Run it on Flower's own engine with:")
     sites = len(prepare.site_files(run))
-    click.echo(f"  flwr run . --federation-config 'num-supernodes={sites}' --run-config 'run=\"{folder}\" database=\"{database}\"'")
+    click.echo(
+        f"  flwr run . --federation-config 'num-supernodes={sites}' --run-config 'run=\"{folder}\" database=\"{database}\"'"
+    )
 
 
 def _print_finished(run: "Run", history: "History", database: str, console: Console, quiet: bool, style: str) -> None:
@@ -123,7 +140,11 @@ def _print_finished(run: "Run", history: "History", database: str, console: Cons
     console.print(_table(run, last))
     console.print(f"History: {masked(parse_url(database))}", highlight=False, soft_wrap=True)
     console.print("Next:", highlight=False)
-    for command in (f"history rounds {run.id}", f"history spends {run.id}", f"report {run.id} --out report.html"):
+    for command in (
+        f"history rounds {run.id}",
+        f"history spends {run.id}",
+        f"report {run.id} --out report.html",
+    ):
         console.print(f"  moonflower {command}", highlight=False)
 
 
@@ -132,7 +153,14 @@ def _table(run: "Run", last: "Round") -> Table:
     said = ", ".join(f"{name} {test[name]:.4f}" for name in ("accuracy", "f1", "auc", "loss") if name in test)
     promise = "" if run.private else "  [bold red]WITHOUT PRIVACY[/bold red]"
     table = Table(title=f"{run.id}, after {run.rounds_done} rounds: public test {said}{promise}", title_justify="left")
-    for name in ("site", "noise multiplier", "ε train", "ε validation", "δ", "validation accuracy (95 % of the noise)"):
+    for name in (
+        "site",
+        "noise multiplier",
+        "ε train",
+        "ε validation",
+        "δ",
+        "validation accuracy (95 % of the noise)",
+    ):
         table.add_column(name)
     spends = {(spend.site, spend.part): spend for spend in last.spends}
     for site in sorted({spend.site for spend in last.spends}):
@@ -144,7 +172,9 @@ def _table(run: "Run", last: "Round") -> Table:
             "–" if trained is None else _epsilon(trained.epsilon, trained.budget),
             "–" if validated is None else _epsilon(validated.epsilon, validated.budget),
             "–" if trained is None else f"{trained.delta:g}",
-            "–" if score is None else f"{score.value:.3f}" + ("" if score.low is None else f" ({score.low:.3f} to {score.high:.3f})"),
+            "–"
+            if score is None
+            else f"{score.value:.3f}" + ("" if score.low is None else f" ({score.low:.3f} to {score.high:.3f})"),
         )
     return table
 

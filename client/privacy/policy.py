@@ -35,9 +35,13 @@ def check(policy: Policy, config: RunConfig, plan: SitePlan, dataset: str) -> No
     """
     privacy = config.privacy
     if not any(fnmatch(config.model.name, pattern) for pattern in policy.models):
-        raise PolicyError(f"model.name={config.model.name!r} is not among this site's models {list(policy.models)} (site.toml, [policy] models).")
+        raise PolicyError(
+            f"model.name={config.model.name!r} is not among this site's models {list(policy.models)} (site.toml, [policy] models)."
+        )
     if not any(fnmatch(config.task.name, pattern) for pattern in policy.tasks):
-        raise PolicyError(f"task.name={config.task.name!r} is not among this site's tasks {list(policy.tasks)} (site.toml, [policy] tasks).")
+        raise PolicyError(
+            f"task.name={config.task.name!r} is not among this site's tasks {list(policy.tasks)} (site.toml, [policy] tasks)."
+        )
     if not privacy.private:
         if not policy.allow_non_private:
             raise PolicyError(

@@ -16,7 +16,9 @@ from shared.errors import SensitivityError
 TOLERANCE = 1e-4  # relative, float32
 
 
-def check(gradients: PerRecordGradients, together: Sequence[tuple[Sequence[int], Forward]], alone: Sequence[Forward]) -> None:
+def check(
+    gradients: PerRecordGradients, together: Sequence[tuple[Sequence[int], Forward]], alone: Sequence[Forward]
+) -> None:
     """Compare the engine with the loop.
 
     Parameters
@@ -44,7 +46,9 @@ def check(gradients: PerRecordGradients, together: Sequence[tuple[Sequence[int],
     for numbers, forward in together:
         contributed = float(total.add(forward, len(numbers)).max()) / clipping.norm
         if not contributed <= 1 + TOLERANCE:
-            raise SensitivityError(f"the probe found a record that contributes {contributed:.4f} x the clipping norm; nothing is released.")
+            raise SensitivityError(
+                f"the probe found a record that contributes {contributed:.4f} x the clipping norm; nothing is released."
+            )
     expected = {
         name: torch.stack([single[name] * factor for single, factor in zip(singles, factors, strict=True)]).sum(0)
         for name in gradients.parameters

@@ -108,7 +108,7 @@ class Round:
     run: str
     number: int  # from 1
     attempt: int
-    phase: str  # "warm_start", "training"
+    phase: str  # "warm_start", "training", "refit"
     started_at: datetime
     seconds: float
     checkpoint: Checkpoint

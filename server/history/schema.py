@@ -137,8 +137,7 @@ def _refuse(found: State, engine: Engine) -> None:
     messages = {
         "empty": "holds no history yet; the first run makes it, or name another with --database",
         "foreign": "holds another program's tables; give Moonflower a database of its own",
-        "older": "has an older schema; back it up, then run "
-        f"`moonflower database upgrade --database {place}`",
+        "older": f"has an older schema; back it up, then run `moonflower database upgrade --database {place}`",
         "newer": "has a newer schema than this version knows; install a newer Moonflower",
     }
     raise DatabaseError(f"The database {place} {messages[found]}.")
@@ -163,8 +162,6 @@ def _migrate(engine: Engine, wanted: set[str]) -> None:
             else:
                 _refuse(found, engine)
             if sqlite and (broken := connection.exec_driver_sql("PRAGMA foreign_key_check").first()):
-                raise DatabaseError(
-                    f"The upgrade left table {broken[0]} with a broken key; nothing was kept."
-                )
+                raise DatabaseError(f"The upgrade left table {broken[0]} with a broken key; nothing was kept.")
         if sqlite and driver is not None:
             driver.execute("PRAGMA foreign_keys=ON")

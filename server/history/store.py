@@ -119,9 +119,7 @@ class History:
         with self._session(writing=True) as session:
             return writes.start_attempt(session, run_id, engine)
 
-    def end_attempt(
-        self, run_id: str, number: int, outcome: AttemptOutcome, error: str | None = None
-    ) -> None:
+    def end_attempt(self, run_id: str, number: int, outcome: AttemptOutcome, error: str | None = None) -> None:
         """Close an attempt. One that is closed already (lost, superseded) stays as it is."""
         with self._session(writing=True) as session:
             writes.end_attempt(session, run_id, number, outcome, error)
@@ -175,9 +173,7 @@ class History:
         with self._session() as session:
             return reads.last_round(session, reads.resolve(session, run_id))
 
-    def rounds(
-        self, run_id: str, *, round_number: int | None = None, limit: int | None = None
-    ) -> list[Round]:
+    def rounds(self, run_id: str, *, round_number: int | None = None, limit: int | None = None) -> list[Round]:
         """Give a run's rounds, without participations, metrics and spends (see their own readers)."""
         with self._session() as session:
             return reads.rounds(session, reads.resolve(session, run_id), round_number, limit)

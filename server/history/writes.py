@@ -53,9 +53,7 @@ def start_attempt(session: Session, run_id: str, engine: str) -> Attempt:
     return Attempt(run_id, number, engine, started_at=now, ended_at=None, outcome=None, error=None)
 
 
-def end_attempt(
-    session: Session, run_id: str, number: int, outcome: AttemptOutcome, error: str | None
-) -> None:
+def end_attempt(session: Session, run_id: str, number: int, outcome: AttemptOutcome, error: str | None) -> None:
     """Close an attempt; one that is closed keeps its first outcome."""
     _lock(session, run_id)
     row = session.get(AttemptRow, (run_id, number))
@@ -75,9 +73,7 @@ def finish_run(session: Session, run_id: str, status: RunStatus, attempt: int | 
     run = _lock(session, run_id)
     newest = _newest(session, run_id)
     if attempt is not None and newest is not None and newest.number != attempt:
-        raise RunFailedError(
-            f"Attempt {attempt} of run '{run_id}' was superseded by attempt {newest.number}."
-        )
+        raise RunFailedError(f"Attempt {attempt} of run '{run_id}' was superseded by attempt {newest.number}.")
     run.status, run.finished_at = status, datetime.now(UTC)
 
 

@@ -38,7 +38,9 @@ class Batch:
     labels: Tensor
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], labels: Sequence[int], max_length: int) -> Examples:
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], labels: Sequence[int], max_length: int
+) -> Examples:
     """Tokenise texts, cut at `max_length` tokens."""
     if not texts:
         return Examples((), ())
