@@ -161,9 +161,7 @@ def main() -> None:
     print("| measure | " + " | ".join(results) + " |")
     print("| --- |" + " ---: |" * len(results))
     for measure_name in next(iter(results.values())):
-        print(
-            f"| {measure_name} | " + " | ".join(f"{row[measure_name]:.1f}" for row in results.values()) + " |"
-        )
+        print(f"| {measure_name} | " + " | ".join(f"{row[measure_name]:.1f}" for row in results.values()) + " |")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def from_record(record: RecordDict, *kinds: type[Any]) -> Any:
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise MessageError(f"expected {expected}, received {name!r}.")
     hints = get_type_hints(kind)
-    wanted: set[str] = {item.name for item in fields(kind)}  # type: ignore[arg-type]
+    wanted: set[str] = {item.name for item in fields(kind)}
     held = (set(record) | set(values)) - {"values", "message"}
     if held != wanted:
         raise MessageError(f"{name}: fields {sorted(held ^ wanted)} are missing or unknown.")

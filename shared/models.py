@@ -144,12 +144,13 @@ def _adapt(module: TextClassifier, model: Model) -> None:
 
 
 def _choose(module: TextClassifier, model: Model) -> tuple[str, ...]:
-    wanted: dict[str, Callable[[str], bool]] = {
+    choices: dict[str, Callable[[str], bool]] = {
         "lora": lambda name: ".lora_B." in name,
         "full": lambda _: True,
         "head": lambda _: False,
         "bias": lambda name: name.endswith(".bias"),
-    }[model.trainable]
+    }
+    wanted = choices[model.trainable]
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name.startswith(HEAD) or wanted(name))
     names = tuple(name for name, parameter in module.named_parameters() if parameter.requires_grad)

@@ -88,9 +88,7 @@ def new_run() -> Callable[..., Run]:
 def new_round() -> Callable[..., Round]:
     """Make a round's value, with something in every field."""
 
-    def make(
-        number: int = 1, *, attempt: int = 1, run: str = "lungs-1", epsilon: float | None = None
-    ) -> Round:
+    def make(number: int = 1, *, attempt: int = 1, run: str = "lungs-1", epsilon: float | None = None) -> Round:
         spent = number / 2 if epsilon is None else epsilon
         return Round(
             run=run,

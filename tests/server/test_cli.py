@@ -78,9 +78,7 @@ def test_a_table_shows_every_value_of_its_rows(url, listing):
 
 def test_the_runs_are_listed_with_what_privacy_they_have(url):
     table = said(history, "runs", url=url)
-    lungs, without = (
-        next(line for line in table.splitlines() if name in line) for name in ("lungs-1", "open-2")
-    )
+    lungs, without = (next(line for line in table.splitlines() if name in line) for name in ("lungs-1", "open-2"))
     assert "∞ (no privacy)" in without
     assert "differential" in lungs
     assert [(row["run"], row["private"], row["rounds_done"]) for row in rows("runs", url=url)] == [

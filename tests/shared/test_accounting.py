@@ -113,9 +113,7 @@ def test_reporting_epsilon_after_every_round_is_cheap() -> None:
 
 
 @pytest.mark.parametrize(("plan", "target", "delta"), PLANS)
-def test_calibration_spends_the_budget_and_no_more(
-    plan: list[PlannedSteps], target: float, delta: float
-) -> None:
+def test_calibration_spends_the_budget_and_no_more(plan: list[PlannedSteps], target: float, delta: float) -> None:
     noise = calibrate(plan, target, delta)
 
     def spent(common: float) -> float:
@@ -128,10 +126,7 @@ def test_calibration_spends_the_budget_and_no_more(
     if len(plan) == 1:
         step = plan[0]
         assert independent_rdp_epsilon(Release(step.sampling_rate, noise, step.steps), delta) < 1.4 * target
-        assert (
-            independent_rdp_epsilon(Release(step.sampling_rate, noise / 1.5, step.steps), delta)
-            > 1.4 * target
-        )
+        assert independent_rdp_epsilon(Release(step.sampling_rate, noise / 1.5, step.steps), delta) > 1.4 * target
 
 
 def test_calibration_without_a_budget_asks_for_no_noise() -> None:

@@ -86,10 +86,7 @@ def test_only_the_owner_can_read_the_ledger(path: Path) -> None:
 
 def test_commits_reach_the_disk_before_a_charge_returns(path: Path) -> None:
     with opened(path) as ledger:
-        pragmas = {
-            p: ledger._connection.execute(f"PRAGMA {p}").fetchone()[0]
-            for p in ("synchronous", "journal_mode")
-        }
+        pragmas = {p: ledger._connection.execute(f"PRAGMA {p}").fetchone()[0] for p in ("synchronous", "journal_mode")}
     assert pragmas == {"synchronous": 2, "journal_mode": "wal"}  # 2 is FULL: one sync a commit
 
 
@@ -202,9 +199,7 @@ def test_the_budget_is_the_datasets_over_all_runs_and_no_other_datasets(path: Pa
         assert ledger.run_epsilon("second", "train", DELTA) == accounting.epsilon([ROUND], DELTA)
         assert ledger.planned_epsilon("train") == accounting.epsilon([ROUND, ROUND], DELTA)
         spent = ledger.lifetime_epsilon()
-        assert spent == accounting.rdp_to_epsilon(
-            2 * accounting.rdp(ROUND, ledger.order), ledger.order, DELTA
-        )
+        assert spent == accounting.rdp_to_epsilon(2 * accounting.rdp(ROUND, ledger.order), ledger.order, DELTA)
     with opened(path, dataset="scans") as other:
         assert (other.lifetime_epsilon(), other.spends()) == (0.0, [])
     with opened(path) as ledger:
@@ -434,9 +429,7 @@ def test_a_kernel_that_refuses_to_write_more_loses_nothing(path: Path) -> None:
         assert ledger.state("run", "train") == b"three"
 
 
-def test_a_writer_that_keeps_the_lock_is_waited_for_then_named(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_writer_that_keeps_the_lock_is_waited_for_then_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("client.privacy.ledger_file._BUSY_SECONDS", 0.2)
     with opened(path) as ledger:
         other = sqlite3.connect(path, isolation_level=None)

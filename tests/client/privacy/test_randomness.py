@@ -55,9 +55,7 @@ def test_the_tails_have_their_weight(stream: Keystream) -> None:
         assert abs(np.count_nonzero(draws > sigmas) - expected) < 5 * math.sqrt(expected)
 
 
-def test_extreme_words_give_finite_symmetric_noise(
-    stream: Keystream, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_extreme_words_give_finite_symmetric_noise(stream: Keystream, monkeypatch: pytest.MonkeyPatch) -> None:
     words = np.array([0, 1, 2**64 - 2, 2**64 - 1], dtype=np.uint64)
     monkeypatch.setattr(stream, "_words", lambda n: words)
     draws = stream.normal(4)

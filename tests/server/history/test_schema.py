@@ -170,18 +170,14 @@ def test_a_newer_schema_asks_for_a_newer_moonflower(shared_url):
     History.open(shared_url).close()
     execute(shared_url, "UPDATE moonflower_revision SET version_num = '9999'")
     for attempt in (History.open, History.upgrade):
-        with pytest.raises(
-            DatabaseError, match="newer schema than this version knows; install a newer Moonflower"
-        ):
+        with pytest.raises(DatabaseError, match="newer schema than this version knows; install a newer Moonflower"):
             attempt(shared_url)
 
 
 def test_a_database_of_another_program_is_left_alone(shared_url):
     execute(shared_url, "CREATE TABLE runs (id INTEGER)")
     for attempt in (History.open, History.upgrade):
-        with pytest.raises(
-            DatabaseError, match="holds another program's tables; give Moonflower a database of its"
-        ):
+        with pytest.raises(DatabaseError, match="holds another program's tables; give Moonflower a database of its"):
             attempt(shared_url)
     assert schema.status(shared_url).state == "foreign"
 
