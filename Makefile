@@ -1,0 +1,43 @@
+# Everything runs in .venv, made at first use. PYTHON chooses the interpreter it is made with (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export FLWR_TELEMETRY_ENABLED = 0
+
+.PHONY: demo test test-slow check bench fmt clean
+
+demo: .venv/installed  ## fine-tune across four sites with differential privacy, epsilon 8
+	$(BIN)/moonflower simulate
+
+test: .venv/developed  ## every test but the slow ones
+	$(BIN)/pytest -m "not slow"
+
+test-slow: .venv/developed  ## the slow tests: many kills, Flower's own engine
+	$(BIN)/pytest -m slow
+
+check: .venv/developed  ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/developed  ## the benchmarks, each a table
+	$(BIN)/python benchmarks/history.py
+
+fmt: .venv/developed  ## put the code in order
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## forget the environment and the caches
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/developed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@ .venv/installed
