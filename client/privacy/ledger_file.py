@@ -134,7 +134,7 @@ def _check(path: Path, connection: sqlite3.Connection) -> None:
 
 def _create(path: Path) -> None:
     """Write an empty ledger beside its place, sync it, then link it there: whole or not at all."""
-    if (log := Path(f"{path}-wal")).exists():
+    if (log := Path(f"{path}-wal")).exists() and not path.exists():  # else another process just made both
         raise DatabaseError(f"{path} is missing, but not {log}: restore both from a backup.")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}.new")

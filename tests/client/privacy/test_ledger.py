@@ -484,21 +484,35 @@ def test_whatever_was_sent_before_a_kill_is_in_the_ledger(path: Path) -> None:
 
 def together(count: int, work: Callable[[int, Any], Any]) -> list[Any]:
     """Run `work(index, gate)` in as many processes at once, and return what each returns or raises."""
-    gate, results = FORK.Barrier(count), FORK.SimpleQueue()
+    gate, results = FORK.Barrier(count, timeout=30), FORK.Queue()
 
     def run(index: int) -> None:
         try:
             results.put((index, work(index, gate)))
-        except MoonflowerError as error:
+        except Exception as error:
             results.put((index, error))
 
     children = [FORK.Process(target=run, args=(index,)) for index in range(count)]
     for child in children:
         child.start()
-    outcomes = dict(results.get() for _ in children)
+    outcomes = dict(results.get(timeout=40) for _ in children)
     for child in children:
         child.join(20)
     return [outcomes[index] for index in range(count)]
+
+
+def test_a_ledger_that_another_process_makes_meanwhile_is_used(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(path) as first:
+        answer(first, 1)
+        exists, asked = Path.exists, []
+
+        def exists_from_the_second_look_on(self: Path) -> bool:
+            asked.append(self)
+            return exists(self) and not (self == path and asked.count(path) == 1)
+
+        monkeypatch.setattr(Path, "exists", exists_from_the_second_look_on)
+        with opened(path) as second:
+            assert second.spends() == first.spends() != []
 
 
 def test_processes_that_spend_at_once_never_exceed_the_budget_together(tmp_path: Path) -> None:
@@ -507,7 +521,7 @@ def test_processes_that_spend_at_once_never_exceed_the_budget_together(tmp_path:
 
         def spend(index: int, gate: Any, path: Path = path) -> int:
             with opened(path, max_epsilon=3.0) as ledger:  # creation races too
-                gate.wait(20)
+                gate.wait()
                 sequence = 0
                 try:
                     while True:
@@ -532,7 +546,7 @@ def test_processes_that_answer_the_same_request_send_the_same_bytes(tmp_path: Pa
 
         def reply(index: int, gate: Any, path: Path = path) -> bytes:
             with opened(path) as ledger:
-                gate.wait(20)
+                gate.wait()
                 return answer(ledger, 1, reply=f"noise of {index}".encode(), state=str(index).encode())
 
         sent = together(3, reply)
@@ -545,7 +559,7 @@ def test_processes_that_answer_the_same_request_send_the_same_bytes(tmp_path: Pa
 def test_of_processes_with_differing_requests_under_one_id_one_wins(tmp_path: Path) -> None:
     def reply(index: int, gate: Any) -> bytes:
         with opened(tmp_path / "ledger.db") as ledger:
-            gate.wait(20)
+            gate.wait()
             return answer(ledger, 1, digest=f"digest-{index}")
 
     outcomes = together(3, reply)
