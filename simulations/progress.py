@@ -76,7 +76,7 @@ class Live:
 
     def round_finished(self, done: Round) -> None:
         """Print the round's line."""
-        self._console.print(line(done), highlight=False)
+        self._console.print(line(done), highlight=False, soft_wrap=True)
         self._progress.advance(self._task)
 
 
