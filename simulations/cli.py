@@ -137,7 +137,10 @@ def _print_finished(run: "Run", history: "History", database: str, console: Cons
         return
     from server.history.engine import masked, parse_url
 
-    console.print(_table(run, last))
+    console.print(_said(run, last), highlight=False, soft_wrap=True)
+    console.print(_table(last))
+    console.print("ε: spent of the run's budget. noise: standard deviation over the clipping norm, in the last phase.")
+    console.print("validation accuracy: from a noised histogram, with the 95 % interval that the noise leaves.")
     console.print(f"History: {masked(parse_url(database))}", highlight=False, soft_wrap=True)
     console.print("Next:", highlight=False)
     for command in (
@@ -148,20 +151,18 @@ def _print_finished(run: "Run", history: "History", database: str, console: Cons
         console.print(f"  moonflower {command}", highlight=False)
 
 
-def _table(run: "Run", last: "Round") -> Table:
+def _said(run: "Run", last: "Round") -> str:
+    """One line: what the run came to, and whether it was private."""
     test = {metric.name: metric.value for metric in last.metrics if metric.scope == "test"}
-    said = ", ".join(f"{name} {test[name]:.4f}" for name in ("accuracy", "f1", "auc", "loss") if name in test)
+    scores = ", ".join(f"{name} {test[name]:.4f}" for name in ("accuracy", "f1", "auc", "loss") if name in test)
     promise = "" if run.private else "  [bold red]WITHOUT PRIVACY[/bold red]"
-    table = Table(title=f"{run.id}, after {run.rounds_done} rounds: public test {said}{promise}", title_justify="left")
-    for name in (
-        "site",
-        "noise multiplier",
-        "ε train",
-        "ε validation",
-        "δ",
-        "validation accuracy (95 % of the noise)",
-    ):
-        table.add_column(name)
+    return f"[bold]{run.id}[/bold], after {run.rounds_done} rounds: public test {scores or 'not scored'}{promise}"
+
+
+def _table(last: "Round") -> Table:
+    table = Table()
+    for name in ("site", "noise", "ε train", "ε validation", "δ", "validation accuracy"):
+        table.add_column(name, no_wrap=True)
     spends = {(spend.site, spend.part): spend for spend in last.spends}
     for site in sorted({spend.site for spend in last.spends}):
         score = next((m for m in last.metrics if (m.scope, m.site, m.name) == ("validation", site, "accuracy")), None)
