@@ -30,6 +30,7 @@ PROBE_LENGTHS = (
     12,
 )  # tokens; one is the number of records, where a batch is mistaken for a sequence
 HEAD_BATCH = 4096  # cached features side by side
+GRADIENT_BYTES = 2**31  # of per-record gradients side by side; a smaller batch is taken where a model is larger
 
 
 class EncoderPass:
@@ -42,7 +43,9 @@ class EncoderPass:
 
     def groups(self, drawn: Sequence[int]) -> Iterator[tuple[Sequence[int], Forward]]:
         """Split the drawn records into batches of one length, each with its losses."""
-        for group in batches(self._examples, drawn, self._config.hardware.micro_batch):
+        each = 4 * sum(parameter.numel() for parameter in self.module.parameters() if parameter.requires_grad)
+        rows = max(1, min(self._config.hardware.micro_batch, GRADIENT_BYTES // each))
+        for group in batches(self._examples, drawn, rows):
             yield group, self._forward(self._examples, group, None, self._config.hardware.precision)
 
     def made_up(self) -> tuple[list[tuple[Sequence[int], Forward]], list[Forward]]:
