@@ -58,6 +58,13 @@ class PerRecordGradients:
         self._module = module
         self._records = 0
         self._calls: dict[str, int] = {}
+        self._padding = {  # rows that autograd gives no gradient, and Opacus does
+            name: part.padding_idx
+            for part in module.modules()
+            if isinstance(part, nn.Embedding) and part.padding_idx is not None
+            for name, parameter in parameters.items()
+            if parameter is part.weight
+        }
         self._handles = ExitStack()
 
     def __enter__(self) -> Self:
@@ -120,6 +127,8 @@ class PerRecordGradients:
             raise SensitivityError(
                 f"parameter {name!r} has no gradient for each record; train another part of the model."
             )
+        if name in self._padding:
+            sample[:, self._padding[name]] = 0.0
         return sample.float()
 
     def _expand_positions(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
