@@ -52,7 +52,8 @@ def load_job(folder: Path) -> Job:
         ) from None
     config = parse(RunConfig, values["config"], source=str(folder / RUN_FILE))
     test_set = folder / TEST_FILE
-    return Job(values["run"], config, folder / CHECKPOINTS, test_set if test_set.exists() else None)
+    places = folder / CHECKPOINTS, test_set if test_set.exists() else None
+    return Job(values["run"], config, *places, sites=int(values.get("sites", 0)))
 
 
 app = build(Log())

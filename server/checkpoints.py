@@ -5,8 +5,11 @@ names the digest in the round's transaction, so a file without a round is an orp
 lacks its file.
 """
 
+import json
 import os
 import tempfile
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -24,7 +27,8 @@ SECTIONS = ("iterate", "published", "first", "second")
 def write(folder: Path, state: ServerState) -> Checkpoint:
     """Put `state` on the disk, durable before this returns."""
     tensors = {f"{section}/{name}": array for section in SECTIONS for name, array in getattr(state, section).items()}
-    data = save(tensors, metadata={"steps": str(state.steps), "phase": state.phase})
+    # One entry: safetensors writes several in any order, and equal states must have equal digests.
+    data = save(tensors, metadata={"state": json.dumps({"steps": state.steps, "phase": state.phase})})
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".writing-", delete=False) as stream:
         stream.write(data)
@@ -62,18 +66,23 @@ def read(folder: Path, digest: str) -> ServerState:
             for key in held.keys():  # noqa: SIM118 - not a dict
                 section, _, name = key.partition("/")
                 sections[section][name] = held.get_tensor(key)
-            metadata = held.metadata()
+            metadata = json.loads(held.metadata()["state"])
     except SafetensorError as error:
         raise NotFoundError(f"checkpoint {place} cannot be read: {error}.") from None
-    return ServerState(**sections, steps=int(metadata["steps"]), phase=metadata["phase"])
+    return ServerState(**sections, **metadata)
 
 
-def prune(folder: Path, keep: set[str]) -> None:
-    """Delete the files whose digests are not in `keep`, orphans of killed writes included."""
+def prune(folder: Path, keep: set[str], before: datetime) -> None:
+    """Delete the files from before a time whose digests are not in `keep`, orphans of killed writes included.
+
+    `before` is when the round began that the caller has committed: what is younger may be the next round's file,
+    written by an attempt that took the run over since.
+    """
     names = {path(folder, digest).name for digest in keep}
     for file in folder.glob("*"):
-        if file.name not in names:
-            file.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another attempt deletes too
+            if file.name not in names and file.stat().st_mtime < before.timestamp():
+                file.unlink()
 
 
 def path(folder: Path, digest: str) -> Path:

@@ -30,6 +30,7 @@ from shared.run_config import RunConfig
 
 R = TypeVar("R")
 JOIN_DEADLINE = 600.0  # seconds: a site reads and tokenises its data before it joins
+LATECOMERS = 60.0  # seconds to wait for a run's other sites once federation.min_sites are connected
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Job:
     config: RunConfig
     checkpoints: Path
     test_set: Path | None  # public test records, JSON lines
+    sites: int = 0  # how many there are, where it is known: they are waited for, beyond federation.min_sites
     device: str = "auto"
 
 
@@ -94,10 +96,15 @@ class Campaign:
         self.weights = selection.weights(self.config, self.sites)
 
     def _nodes(self) -> list[int]:
-        """Wait for the nodes that the run needs: a grid can be empty at first."""
-        until = time.monotonic() + self.config.federation.deadline
-        while len(nodes := list(self.grid.get_node_ids())) < self.config.federation.min_sites:
-            if time.monotonic() > until:
+        """Wait for the nodes that the run needs, and a little for the rest of its sites: a grid can be empty at first."""
+        least, started = self.config.federation.min_sites, time.monotonic()
+        while len(nodes := list(self.grid.get_node_ids())) < max(least, self.job.sites):
+            waited = time.monotonic() - started
+            if len(nodes) >= least and waited > LATECOMERS:
+                text = f"{len(nodes)} of the run's {self.job.sites} sites are connected; it goes on without the others."
+                self.history.add_event(self.job.run, "warning", text)
+                break
+            if waited > self.config.federation.deadline:
                 raise RunFailedError(
                     f"{len(nodes)} of the federation.min_sites={self.config.federation.min_sites} sites are connected after "
                     f"{self.config.federation.deadline:g} s; start them, then resume."
@@ -258,7 +265,8 @@ def run(job: Job, grid: Grid, history: History, observer: Observer, *, engine: s
         for number in range(last + 1, job.config.rounds + 1):
             state, played = play(campaign, number, state, attempt.number)
             kept.append(played.checkpoint.digest)
-            checkpoints.prune(job.checkpoints, set(kept[-job.config.federation.keep_checkpoints :]))
+            newest = set(kept[-job.config.federation.keep_checkpoints :])
+            checkpoints.prune(job.checkpoints, newest, before=played.started_at)
     except BaseException as error:
         outcome: Literal["stopped", "failed"] = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
         history.end_attempt(job.run, attempt.number, outcome, str(error) or type(error).__name__)

@@ -60,7 +60,8 @@ def prepare(scenario: Scenario, history: History) -> str:
             sites.save(site_config, place / "site.toml")
         if test:
             _write(folder / TEST_FILE, test)
-        (folder / RUN_FILE).write_text(json.dumps({"run": run, "config": config.as_dict()}, indent=1), encoding="utf-8")
+        described = {"run": run, "sites": len(configs), "config": config.as_dict()}
+        (folder / RUN_FILE).write_text(json.dumps(described, indent=1), encoding="utf-8")
         history.create_run(
             run,
             name=scenario.name,
