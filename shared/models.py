@@ -25,8 +25,10 @@ from shared.arrays import Arrays, digest
 from shared.arrays import read as read_arrays
 from shared.errors import ModelError
 from shared.run_config import Model, RunConfig
+from shared.tasks.text_classification import BUCKET
 
 HEAD = "head."
+SHORT = 512  # tokens up to which plain attention is quicker on a CPU than torch's fused one, backwards by half
 
 
 class TextClassifier(nn.Module):
@@ -94,6 +96,8 @@ def load(config: RunConfig) -> LoadedModel:
         for name, value in settings.to_dict().items():
             if isinstance(value, float) and ("dropout" in name or "drop" in name.split("_") or name.endswith("pdrop")):
                 setattr(settings, name, 0.0)
+        if not torch.cuda.is_available() and config.task.max_length <= SHORT:
+            settings._attn_implementation = "eager"
         tokenizer = _from_pretrained(AutoTokenizer, folder, config.model.name)
         encoder = _from_pretrained(
             AutoModel, folder, config.model.name, config=settings, dtype=torch.float32, use_safetensors=True
@@ -107,10 +111,32 @@ def load(config: RunConfig) -> LoadedModel:
             _adapt(module, config.model)
     trainable = _choose(module, config.model)
     module.train()
+    _check_inputs(module, tokenizer, config)
     names = [name for name, _ in module.named_parameters()]
     exchanged = tuple(name for name in names if name in trainable or ".lora_A." in name)
     base = [name for name in names if name not in exchanged]
     return LoadedModel(module, tokenizer, trainable, exchanged, digest(read_arrays(module, base)))
+
+
+@torch.no_grad()
+def _check_inputs(module: TextClassifier, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+    """Refuse a model that some text could break: a site whose records decide whether it fails tells of them."""
+    embeddings = module.encoder.get_input_embeddings()  # type: ignore[operator]
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= embeddings.num_embeddings:
+        raise ModelError(
+            f"model.name={config.model.name!r} has {embeddings.num_embeddings} embeddings and its tokenizer gives token "
+            f"{highest}; use a model whose tokenizer belongs to it."
+        )
+    widest = -(-config.task.max_length // BUCKET) * BUCKET
+    ids = torch.zeros((1, widest), dtype=torch.long)
+    try:
+        module.features(ids, torch.ones_like(ids))
+    except (IndexError, RuntimeError, ValueError):
+        raise ModelError(
+            f"task.max_length={config.task.max_length}, padded to {widest} tokens, is more than {config.model.name} takes; "
+            f"lower task.max_length, to a multiple of {BUCKET}."
+        ) from None
 
 
 def _adapt(module: TextClassifier, model: Model) -> None:
