@@ -5,20 +5,23 @@ policy or the budget is refused before any record is touched; a new answer is in
 and its bytes, before it is returned.
 """
 
+import hashlib
+import re
 from collections.abc import Callable
 
 import numpy as np
+from pydantic import ValidationError
 
 from client import evaluation, training
 from client.privacy import policy
 from client.privacy.ledger import Ledger
 from client.privacy.randomness import Keystream
 from client.resident import Resident
-from client.site import Site
+from client.site import Site, split_key
 from shared import messages, models, plan
 from shared.accounting import Release, epsilon
 from shared.arrays import Arrays, same_shapes
-from shared.errors import RefusedError
+from shared.errors import ConfigError, DataError, RefusedError
 from shared.messages import (
     EvaluateReply,
     EvaluateRequest,
@@ -30,18 +33,20 @@ from shared.messages import (
 )
 from shared.models import LoadedModel
 from shared.plan import Part, SitePlan
-from shared.run_config import RunConfig
+from shared.run_config import RunConfig, explain
 
 PARTS: tuple[Part, Part] = ("train", "validation")
 
 Randomness = Callable[[str], Keystream]  # request id -> the source of its sampling and noise
+
+RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # what a run may be called: it goes into logs and ledger
 
 Request = JoinRequest | TrainRequest | EvaluateRequest
 Reply = JoinReply | TrainReply | EvaluateReply
 
 
 def answer(resident: Resident, site: Site, kind: Kind, request: Request, randomness: Randomness) -> Reply:
-    """Answer one request.
+    """Answer one request; one at a time, whatever the number of threads, for they share the model.
 
     Raises
     ------
@@ -50,11 +55,15 @@ def answer(resident: Resident, site: Site, kind: Kind, request: Request, randomn
     MoonflowerError
         Where the site's own data, model or ledger is at fault.
     """
-    config = RunConfig.model_validate_json(request.config)
+    if not RUN.fullmatch(request.run):
+        raise RefusedError("the run's name is not one of letters, digits, '.', '_' and '-', at most 100 of them.")
+    config = _configuration(request)
+    _check_labels(site, config)
     planned = plan.make(config, site.dataset.card())
     policy.check(site.policy, config, planned, site.dataset.id)
-    with open_ledger(site) as ledger:
-        _same_run(ledger, config, request.run)
+    with resident.turn, open_ledger(site) as ledger:
+        if (known := ledger.state(request.run, "plan")) is not None:
+            _same(known, _plan_digest(config, planned), request.run)
         if isinstance(request, JoinRequest):
             return _join(resident, site, config, planned, request, ledger)
         return _release(resident, site, config, planned, kind, request, ledger, randomness)
@@ -82,15 +91,56 @@ def _join(
     for part in PARTS:
         _check_budget(site, planned, request.run, part, ledger)
     resident.parts(site, config)
+    _check_split(site, ledger)
     card = site.dataset.card()
     return JoinReply(site.name, card.dataset, card.records, card.validation)
 
 
-def _same_run(ledger: Ledger, config: RunConfig, run: str) -> None:
-    """Refuse another configuration under a run's name: rate, noise and steps are fixed before its first step."""
-    for kind in ("train", "evaluate"):
-        if (known := ledger.state(run, kind)) is not None and known != config.digest.encode():
-            raise RefusedError(f"run {run!r} began with another configuration; a changed configuration is a new run.")
+def _configuration(request: Request) -> RunConfig:
+    try:
+        return RunConfig.model_validate_json(request.config)
+    except ValidationError as error:
+        raise ConfigError(explain(error, "the request's configuration")) from None
+
+
+def _check_labels(site: Site, config: RunConfig) -> None:
+    """Refuse a run without this site's labels: by what the site declares, never by what the file holds."""
+    lacking = [label for label in site.dataset.labels if label not in config.task.labels]
+    if lacking:
+        raise RefusedError(
+            f"task.labels={list(config.task.labels)} lacks {lacking[0]!r}, which this site declares for dataset "
+            f"{site.dataset.id!r} (site.toml, [dataset] labels)."
+        )
+
+
+def _plan_digest(config: RunConfig, planned: SitePlan) -> bytes:
+    return hashlib.sha256(f"{config.digest}\0{planned!r}".encode()).digest()
+
+
+def _same(known: bytes, now: bytes, run: str) -> None:
+    """Refuse another plan under a run's name: rate, noise and steps are fixed before its first step."""
+    if known != now:
+        raise RefusedError(
+            f"run {run!r} began with another configuration, or this site's declaration has changed since; "
+            "a changed configuration is a new run."
+        )
+
+
+def _check_split(site: Site, ledger: Ledger) -> None:
+    """Refuse a split that is not the dataset's first: a record in both parts would pay for one only.
+
+    Raises
+    ------
+    DataError
+        Where the key, the share or the ids' column has changed.
+    """
+    key = hashlib.sha256(b"moonflower split\0" + split_key(site)).hexdigest()
+    split = f"{key} {site.dataset.validation!r} {site.dataset.id_column}".encode()
+    if ledger.pin("", "split", split) != split:
+        raise DataError(
+            f"dataset {site.dataset.id!r} was split by another split key, validation share or id column, for its "
+            "whole life: restore them (site.toml, split_key and [dataset] validation, id_column)."
+        )
 
 
 def _check_budget(site: Site, planned: SitePlan, run: str, part: Part, ledger: Ledger) -> None:
@@ -128,6 +178,8 @@ def _release(
         release = _planned_release(config, planned, request)
         ledger.check_plan([release], part, allow_unbounded=site.policy.allow_non_private)
         _check_shapes(resident.model(config, site.device), request.arrays)
+        _same(ledger.pin(request.run, "plan", now := _plan_digest(config, planned)), now, request.run)
+        _check_split(site, ledger)
         spent = epsilon([*ledger.run_releases(request.run, part), release], config.privacy.delta)
         reply: Reply
         if isinstance(request, TrainRequest):
@@ -153,7 +205,7 @@ def _release(
             part,
             release,
             messages.to_bytes(reply),
-            config.digest.encode(),
+            None,
             allow_unbounded=site.policy.allow_non_private,
         )
     return messages.from_bytes(kept, reply_kind)

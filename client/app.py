@@ -24,6 +24,7 @@ log = logging.getLogger("moonflower.site")
 R = TypeVar("R")
 
 SiteOf = Callable[[Context], Site]
+UNKNOWN = "unknown"  # the name of a site whose site.toml cannot be read
 
 
 def build(site_of: SiteOf, randomness: Randomness = lambda _: Keystream.from_system()) -> ClientApp:
@@ -36,16 +37,18 @@ def build(site_of: SiteOf, randomness: Randomness = lambda _: Keystream.from_sys
     resident = Resident()
 
     def handle(kind: Kind, message: Message, context: Context) -> Message:
-        own = site_of(context)
+        name = UNKNOWN
         try:
+            own = site_of(context)
+            name = own.name
             request: Any = from_record(message.content, REQUESTS[kind])
             reply: Any = answers.answer(resident, own, kind, request, randomness)
         except MoonflowerError as error:
-            log.warning("%s: %s request not answered: %s", own.name, kind, error)
-            reply = refusal(own.name, error)
-        except Exception:
-            log.exception("%s: %s request failed", own.name, kind)
-            reply = Refusal(own.name, "failed", "the site failed; its own log says why.")
+            log.warning("%s: %s request not answered: %s", name, kind, error)
+            reply = refusal(name, error)
+        except Exception:  # Flower would send its text
+            log.exception("%s: %s request failed", name, kind)
+            reply = Refusal(name, "failed", "the site failed; its own log says why.")
         return Message(to_record(reply), reply_to=message)
 
     @app.query()
@@ -65,7 +68,7 @@ def build(site_of: SiteOf, randomness: Randomness = lambda _: Keystream.from_sys
 
 def refusal(name: str, error: MoonflowerError) -> Refusal:
     """Say why, where the reason is public; else that the site's log has it (a row's text stays there)."""
-    if isinstance(error, RefusedError | ConfigError):
+    if isinstance(error, RefusedError | ConfigError) and name != UNKNOWN:
         return Refusal(name, "refused", str(error))
     return Refusal(name, "failed", "the site's data or machine is at fault; its own log says why.")
 

@@ -7,6 +7,8 @@ breaks the declaration is an error with its number, before the site joins; the e
 import hashlib
 import hmac
 import json
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from client.site import Dataset
 from shared.errors import DataError
 from shared.run_config import Task
-from shared.tasks.text_classification import Examples, tokenise
+from shared.tasks.text_classification import NO_TOKENS, Examples, tokenise
+
+log = logging.getLogger("moonflower.site")
 
 
 @dataclass(frozen=True)
@@ -44,28 +48,28 @@ def read(dataset: Dataset, task: Task) -> list[Record]:
     DataError
         Naming the row: no JSON object, a missing column, an empty text, an undeclared label, an id twice.
     """
-    labels = {label: number for number, label in enumerate(task.labels)}
+    labels = {label: number for number, label in enumerate(task.labels) if label in dataset.labels}
     records: list[Record] = []
     seen: set[str] = set()
     try:
-        lines = dataset.path.read_text(encoding="utf-8").splitlines()
+        lines = dataset.path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{dataset.path} cannot be read: {error}.") from None
+    if lines == [""]:
+        raise DataError(f"{dataset.path} holds no records.")
     for number, line in enumerate(lines, 1):
         record = _record(line, f"{dataset.path}, row {number}", dataset, labels)
         if record.id in seen:
             raise DataError(f"{dataset.path}, row {number}: id {record.id!r} stands twice; a record is one row.")
         seen.add(record.id)
         records.append(record)
-    if not records:
-        raise DataError(f"{dataset.path} holds no records.")
     return records
 
 
 def _record(line: str, where: str, dataset: Dataset, labels: dict[str, int]) -> Record:
     try:
         row: Any = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         raise DataError(f"{where}: not a JSON object.") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: not a JSON object.")
@@ -77,7 +81,14 @@ def _record(line: str, where: str, dataset: Dataset, labels: dict[str, int]) -> 
         raise DataError(f"{where}: {dataset.text_column!r} is empty.")
     if label not in labels:
         raise DataError(f"{where}: label {label!r} is not one of the declared {list(labels)}.")
-    return Record(str(row[dataset.id_column]), text, labels[label])
+    record_id = row[dataset.id_column]
+    if isinstance(record_id, bool) or not isinstance(record_id, str | int):
+        raise DataError(f"{where}: {dataset.id_column!r} is neither text nor a whole number.")
+    try:
+        f"{record_id}{text}".encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: half of a surrogate pair is no text.") from None
+    return Record(str(record_id), text, labels[label])
 
 
 def is_validation(record_id: str, key: bytes, share: float) -> bool:
@@ -94,9 +105,29 @@ def load(dataset: Dataset, task: Task, key: bytes, tokenizer: PreTrainedTokenize
 
     def examples(records: list[Record]) -> Examples:
         texts, labels = [record.text for record in records], [record.label for record in records]
-        return tokenise(tokenizer, texts, labels, task.max_length)
+        try:
+            return tokenise(tokenizer, texts, labels, task.max_length)
+        except Exception:  # one text that the tokenizer cannot take: nobody outside may notice
+            return _one_by_one(tokenizer, texts, labels, task.max_length)
 
     return Parts(examples(parts[False]), examples(parts[True]))
+
+
+def _one_by_one(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], labels: Sequence[int], max_length: int
+) -> Examples:
+    """Tokenise each text alone; one that the run's tokenizer cannot take becomes a single token.
+
+    A refusal would tell the coordinator, which chose the tokenizer, that some record has such a text.
+    """
+    found: list[tuple[int, ...]] = []
+    for text, label in zip(texts, labels, strict=True):
+        try:
+            found += tokenise(tokenizer, [text], [label], max_length).tokens
+        except Exception:
+            found.append(NO_TOKENS)
+    log.warning("the tokenizer cannot take %d of %d texts", found.count(NO_TOKENS), len(texts))
+    return Examples(tuple(found), tuple(labels))
 
 
 def file_digest(path: Path) -> str:

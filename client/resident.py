@@ -4,11 +4,14 @@ One model serves every site of a process: a site's turn only sets the trainable 
 """
 
 from dataclasses import dataclass, field
+from threading import RLock
 
 from torch import Tensor
 
-from client import data
+from client import data, made_up
 from client.data import Parts
+from client.privacy import probe
+from client.privacy.randomness import Keystream
 from client.site import Site, split_key
 from shared import arrays, models
 from shared.arrays import Arrays
@@ -23,6 +26,7 @@ from shared.tasks.text_classification import Examples
 class Resident:
     """A process's warm state. Everything in it can be made again from the site's files."""
 
+    turn: RLock = field(default_factory=RLock)  # hold it while the model's arrays are one request's
     _model: tuple[str, LoadedModel] | None = None
     _parts: dict[str, Parts] = field(default_factory=dict)
     _features: FeatureCache = field(default_factory=FeatureCache)
@@ -47,18 +51,31 @@ class Resident:
         DataError
             Naming the row at fault. It must stay at the site.
         """
-        key = f"{site.name} {data.file_digest(site.dataset.path)} {site.dataset!r}"
+        key = self._key(site)
         if key not in self._parts:
             tokenizer = self.model(config, site.device).tokenizer
             self._parts[key] = data.load(site.dataset, config.task, split_key(site), tokenizer)
         return self._parts[key]
 
-    def features(self, site: Site, part: Part, examples: Examples, config: RunConfig, trained: Arrays) -> Tensor:
-        """Return the features (N, hidden_size) of a part under the encoder that `trained` gives."""
+    def _key(self, site: Site) -> str:
+        return f"{site.name} {data.file_digest(site.dataset.path)} {site.dataset!r} {site.split_key}"
+
+    def features(
+        self, site: Site, part: Part, examples: Examples, config: RunConfig, trained: Arrays, randomness: Keystream
+    ) -> Tensor:
+        """Return the features (N, hidden_size) of a part under the encoder that `trained` gives.
+
+        Raises
+        ------
+        SensitivityError
+            Where the probe finds that records' features depend on each other.
+        """
         model = self.model(config, site.device)
+        # Also where the features are kept: what is drawn from the stream must not depend on what is warm.
+        probe.check_features(*made_up.features(model, made_up.examples(model, config, randomness)))
         encoder = arrays.digest({name: array for name, array in trained.items() if not name.startswith(HEAD)})
         return self._features.get(
-            f"{site.name}/{part}/{len(examples)}",
+            f"{part} {self._key(site)}",
             encoder,
             lambda: features(model.module, examples, config.hardware),
         )

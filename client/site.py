@@ -14,7 +14,7 @@ import tomli_w
 from pydantic import Field
 
 from client.privacy.policy import Policy
-from shared.errors import ConfigError
+from shared.errors import ConfigError, DataError
 from shared.plan import DatasetCard
 from shared.run_config import Section, parse
 
@@ -25,13 +25,15 @@ class Dataset(Section):
     """Where the records are, and what the site declares of them.
 
     `id` names the data set for its whole life: its privacy budget is kept under it. `records` is the
-    rounded size, public, from which rates and divisors follow.
+    rounded size, public, from which rates and divisors follow. `labels` are all that a record can have: they
+    are declared here because a coordinator that could try labels would learn which ones the file holds.
     """
 
     id: Name
-    path: Path  # JSON lines: one object a record
+    path: Path = Field(strict=False)  # JSON lines: one object a record
     records: int = Field(ge=10)
     validation: float = Field(0.1, ge=0.01, le=0.5)
+    labels: tuple[str, ...] = Field(min_length=1, strict=False)
     id_column: str = "id"
     text_column: str = "text"
     label_column: str = "label"
@@ -47,8 +49,9 @@ class Site(Section):
     name: Name  # public
     dataset: Dataset
     policy: Policy
-    ledger: Path = Path("ledger.db")
-    split_key: Path = Path("split.key")  # made at first use; decides for ever which records are validation
+    ledger: Path = Field(Path("ledger.db"), strict=False)
+    # Made at first use; decides for ever which records are validation.
+    split_key: Path = Field(Path("split.key"), strict=False)
     device: str = "auto"
 
 
@@ -90,7 +93,7 @@ def split_key(site: Site) -> bytes:
                 os.link(fresh.name, site.split_key)
     key = site.split_key.read_bytes()
     if len(key) != 32:
-        raise ConfigError(
+        raise DataError(
             f"{site.split_key} holds {len(key)} bytes, not 32; restore it: a new key would mix the parts of {site.dataset.id!r}."
         )
     return key

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from client import made_up
 from client.privacy import probe
 from client.privacy.engine import ClippedSum, Clipping, Forward, PerRecordGradients, train_only
 from client.privacy.randomness import Keystream
@@ -23,12 +24,6 @@ from shared.plan import SitePlan
 from shared.run_config import RunConfig
 from shared.tasks.text_classification import Examples, batches, collate
 
-PROBE_LENGTHS = (
-    4,
-    7,
-    3,
-    12,
-)  # tokens; one is the number of records, where a batch is mistaken for a sequence
 HEAD_BATCH = 4096  # cached features side by side
 GRADIENT_BYTES = 2**31  # of per-record gradients side by side; a smaller batch is taken where a model is larger
 
@@ -48,19 +43,13 @@ class EncoderPass:
         for group in batches(self._examples, drawn, rows):
             yield group, self._forward(self._examples, group, None, self._config.hardware.precision)
 
-    def made_up(self) -> tuple[list[tuple[Sequence[int], Forward]], list[Forward]]:
+    def made_up(self, randomness: Keystream) -> tuple[list[tuple[Sequence[int], Forward]], list[Forward]]:
         """Made-up records for the probe: padded side by side, and each alone; float32."""
-        generator = torch.Generator().manual_seed(self._config.seed)
-        vocabulary, labels = len(self._model.tokenizer), len(self._config.task.labels)
-        tokens = (
-            tuple(torch.randint(0, vocabulary, (length,), generator=generator).tolist()) for length in PROBE_LENGTHS
-        )
-        examples = Examples(tuple(tokens), tuple(number % labels for number in range(len(PROBE_LENGTHS))))
-        # As wide as it is long, then padded past every record's own length.
+        examples = made_up.examples(self._model, self._config, randomness)
         together: list[tuple[Sequence[int], Forward]] = [
-            (group, self._forward(examples, group, width, "float32")) for group, width in (((0, 2), 4), ((1, 3), 16))
+            (group, self._forward(examples, group, width, "float32")) for group, width in made_up.TOGETHER
         ]
-        alone = [self._forward(examples, (number,), length, "float32") for number, length in enumerate(PROBE_LENGTHS)]
+        alone = [self._forward(examples, (number,), length, "float32") for number, length in enumerate(made_up.LENGTHS)]
         return together, alone
 
     def _forward(self, examples: Examples, group: Sequence[int], width: int | None, precision: str) -> Forward:
@@ -86,10 +75,10 @@ class HeadPass:
             group = drawn[start : start + HEAD_BATCH]
             yield group, self._forward(self._features[group], self._labels[group])
 
-    def made_up(self) -> tuple[list[tuple[Sequence[int], Forward]], list[Forward]]:
+    def made_up(self, randomness: Keystream) -> tuple[list[tuple[Sequence[int], Forward]], list[Forward]]:
         """Made-up features for the probe: side by side, and each alone."""
-        generator = torch.Generator().manual_seed(0)
-        features = torch.randn((4, self._features.shape[1]), generator=generator).to(self._features.device)
+        width = self._features.shape[1]
+        features = torch.from_numpy(randomness.normal(4 * width).reshape(4, width)).float().to(self._features.device)
         features *= torch.tensor([[1.0], [0.1], [10.0], [1.0]], device=features.device)
         labels = torch.tensor([0, 1, 0, 1], device=features.device)
         together: list[tuple[Sequence[int], Forward]] = [(range(4), self._forward(features, labels))]
@@ -122,14 +111,14 @@ def train(
     parameters = train_only(model.module, trained)
     examples = resident.parts(site, config).train
     if all(parameter.startswith(HEAD) for parameter in trained):
-        features = resident.features(site, "train", examples, config, request.arrays)
+        features = resident.features(site, "train", examples, config, request.arrays, randomness)
         objective: EncoderPass | HeadPass = HeadPass(model, features, examples.labels)
     else:
         objective = EncoderPass(model, examples, config)
     clipping = Clipping(phase.clipping_norm, config.privacy.clipping)
     velocity = {parameter: torch.zeros_like(value) for parameter, value in parameters.items()}
     with PerRecordGradients(objective.module, parameters) as gradients:
-        probe.check(gradients, *objective.made_up())
+        probe.check(gradients, *objective.made_up(randomness))
         for _ in range(steps.steps_per_round):
             total = ClippedSum(gradients, clipping)
             for group, forward in objective.groups(

@@ -152,7 +152,7 @@ def from_record(record: RecordDict, *kinds: type[Any]) -> Any:
         raise MessageError(f"{name}: fields {sorted(held ^ wanted)} are missing or unknown.")
     arguments: dict[str, Any] = {}
     for item in wanted:
-        if item in record.array_records:
+        if hints[item] == Arrays and item in record.array_records:
             arguments[item] = {key: _float32(key, array) for key, array in record.array_records[item].items()}
         elif item in values and type(values[item]) is hints[item]:
             arguments[item] = values[item]

@@ -237,6 +237,18 @@ class Ledger:
             row = self._connection.execute(query, [self.dataset, run, kind]).fetchone()
         return None if row is None else bytes(row[0])
 
+    def pin(self, run: str, kind: str, value: bytes) -> bytes:
+        """Keep `value` under (run, kind) unless something is kept there; return what is kept, durably.
+
+        For what must not change after it was first used: whoever comes second, in whatever process, learns
+        what the first one kept.
+        """
+        with transaction(self.path, self._connection):
+            self._connection.execute(
+                "INSERT OR IGNORE INTO states VALUES (?, ?, ?, ?)", [self.dataset, run, kind, value]
+            )
+            return self.state(run, kind) or value
+
     def spends(self) -> list[Spend]:
         """Return all spends of the dataset, in the order of charging."""
         query = (

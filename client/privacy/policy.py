@@ -9,6 +9,8 @@ from shared.errors import PolicyError
 from shared.plan import SitePlan
 from shared.run_config import RunConfig, Section
 
+SMALLEST_NORM, LARGEST_NORM = 1e-6, 1e6  # of clipping: float32 squares underflow at 1e-23, and overflow at 1e19
+
 
 class Policy(Section):
     """A site's limits, site.toml [policy].
@@ -20,8 +22,8 @@ class Policy(Section):
     max_run_epsilon: float = Field(8.0, gt=0, allow_inf_nan=False)
     delta: float = Field(1e-5, gt=0, lt=1)
     min_noise_multiplier: float = Field(0.3, ge=0)
-    models: tuple[str, ...] = ("*",)  # patterns of allowed model names
-    tasks: tuple[str, ...] = ("*",)
+    models: tuple[str, ...] = Field(("*",), strict=False)  # patterns of allowed model names
+    tasks: tuple[str, ...] = Field(("*",), strict=False)
     allow_non_private: bool = False
 
 
@@ -34,7 +36,7 @@ def check(policy: Policy, config: RunConfig, plan: SitePlan, dataset: str) -> No
         Naming the setting, its value, the limit and where the limit stands. It rests on public values alone.
     """
     privacy = config.privacy
-    if not any(fnmatch(config.model.name, pattern) for pattern in policy.models):
+    if ".." in config.model.name or not any(fnmatch(config.model.name, pattern) for pattern in policy.models):
         raise PolicyError(
             f"model.name={config.model.name!r} is not among this site's models {list(policy.models)} (site.toml, [policy] models)."
         )
@@ -49,6 +51,12 @@ def check(policy: Policy, config: RunConfig, plan: SitePlan, dataset: str) -> No
                 "(site.toml, [policy] allow_non_private)."
             )
         return
+    for name, phase in config.phases.items():
+        if not SMALLEST_NORM <= phase.clipping_norm <= LARGEST_NORM:
+            raise PolicyError(
+                f"{name}.clipping_norm={phase.clipping_norm:g} is outside {SMALLEST_NORM:g} to {LARGEST_NORM:g}, beyond which "
+                "numbers of 32 bits neither bound a record nor carry the noise."
+            )
     if privacy.epsilon > policy.max_run_epsilon:
         raise PolicyError(
             f"privacy.epsilon={privacy.epsilon:g} is above this site's limit of {policy.max_run_epsilon:g} "

@@ -40,6 +40,10 @@ def check(
     """
     singles = [_alone(gradients, forward) for forward in alone]
     norms = torch.stack([torch.stack([part.norm() for part in single.values()]).norm() for single in singles])
+    if not float(norms.max()) > 0:
+        raise SensitivityError(
+            "the probe's made-up records have no gradient, so it can tell nothing; nothing is released."
+        )
     clipping = Clipping(max(float(norms.median()), 1e-12))
     factors = clipping.factors(norms)
     total = ClippedSum(gradients, clipping)
@@ -60,6 +64,25 @@ def check(
         raise SensitivityError(
             f"the probe found that the clipped sum of {worst!r} differs by {gaps[worst]:.2g} (limit {TOLERANCE:g}) from a loop "
             "over single records; nothing is released. Train another part of this model."
+        )
+
+
+def check_features(together: torch.Tensor, alone: torch.Tensor) -> None:
+    """Compare features (N, H) of made-up records side by side with those of each by itself.
+
+    Where a record's features depend on its neighbours (batch normalisation, say), neither a histogram of
+    predictions nor a head trained on them has the sensitivity that the noise is made for.
+
+    Raises
+    ------
+    SensitivityError
+        Where they differ, or are not numbers.
+    """
+    gap = float(((together - alone).norm(dim=1) / alone.norm(dim=1).clamp_min(1e-12)).max())
+    if not gap <= TOLERANCE:
+        raise SensitivityError(
+            f"the probe found that a record's features differ by {gap:.2g} (limit {TOLERANCE:g}) with the records beside it; "
+            "nothing is released. Use another model."
         )
 
 

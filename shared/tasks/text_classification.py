@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 BUCKET = 16  # tokens
+NO_TOKENS = (0,)  # a text that gives no token still is one record, of one row
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def tokenise(
     if not texts:
         return Examples((), ())
     tokens = tokenizer(list(texts), truncation=True, max_length=max_length, add_special_tokens=True)["input_ids"]
-    return Examples(tuple(tuple(ids) for ids in tokens), tuple(labels))
+    return Examples(tuple(tuple(ids) or NO_TOKENS for ids in tokens), tuple(labels))
 
 
 def collate(examples: Examples, indices: Sequence[int], device: torch.device, length: int | None = None) -> Batch:

@@ -1,0 +1,179 @@
+"""A site with a tiny model and made-up records, and tiny models of other kinds."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client import answers, site
+from client.privacy.ledger import Ledger
+from client.privacy.randomness import Keystream
+from client.resident import Resident
+from client.site import Site
+from shared import models
+from shared.arrays import Arrays
+from shared.messages import EvaluateReply, EvaluateRequest, JoinReply, JoinRequest, TrainReply, TrainRequest
+from shared.models import LoadedModel
+from shared.run_config import RunConfig
+
+GOOD, BAD = ("good", "great", "fine", "lovely", "bright"), ("bad", "awful", "poor", "dull", "grim")
+FILLER = ("the", "a", "film", "book", "song", "was", "is", "really", "so", "we", "found", "it", "and", "very")
+
+Row = dict[str, Any]
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `changes` in it, section by section."""
+    result = dict(base)
+    for name, value in changes.items():
+        held = result.get(name)
+        result[name] = merged(held, value) if isinstance(value, dict) and isinstance(held, dict) else value
+    return result
+
+
+@pytest.fixture(scope="session")
+def new_config(tiny_model: Path) -> Callable[..., RunConfig]:
+    """Make a run of three rounds of two steps at half of the records; sections are merged in."""
+
+    def make(**changes: Any) -> RunConfig:
+        base = {
+            "model": {"name": str(tiny_model), "trainable": "lora", "lora": {"rank": 2, "alpha": 4}},
+            "task": {"labels": ["bad", "good"], "max_length": 32},
+            "training": {"rounds": 3, "sampling_rate": 0.5, "local_steps": 2, "clipping_norm": 1.0},
+            "privacy": {"epsilon": 8.0, "delta": 1e-3},
+            "hardware": {"precision": "float32"},
+        }
+        return RunConfig.model_validate(merged(base, changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def new_rows() -> Callable[..., list[Row]]:
+    """Make labelled rows whose first word tells the label, of 3 to 22 words."""
+
+    def make(count: int = 100, prefix: str = "record") -> list[Row]:
+        rows = []
+        for number in range(count):
+            words = (GOOD if number % 2 else BAD)[number % 5 :][:1] + tuple(
+                FILLER[(number * 7 + place * (1 + number % 11)) % len(FILLER)] for place in range(2 + number * 13 % 20)
+            )
+            rows.append({"id": f"{prefix}-{number}", "text": " ".join(words), "label": ("bad", "good")[number % 2]})
+        return rows
+
+    return make
+
+
+@pytest.fixture
+def new_site(tmp_path: Path, new_rows: Callable[..., list[Row]]) -> Callable[..., Site]:
+    """Write a site's folder (site.toml, records.jsonl, split.key) and load it; sections are merged in."""
+
+    def make(name: str = "clinic", rows: list[Row] | None = None, **changes: Any) -> Site:
+        folder = tmp_path / name
+        folder.mkdir()
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (new_rows() if rows is None else rows))
+        (folder / "records.jsonl").write_text(text, encoding="utf-8")
+        (folder / "split.key").write_bytes(hashlib.sha256(b"split").digest())
+        base = {
+            "name": name,
+            "device": "cpu",
+            "dataset": {
+                "id": f"notes-of-{name}",
+                "path": "records.jsonl",
+                "records": 100,
+                "validation": 0.2,
+                "labels": ["bad", "good"],
+            },
+            "policy": {"max_epsilon": 200.0, "delta": 1e-3, "min_noise_multiplier": 0.3},
+        }
+        site.save(Site.model_validate(merged(base, changes)), folder / "site.toml")
+        return site.load(folder / "site.toml")
+
+    return make
+
+
+def keyed(name: str) -> Keystream:
+    """Give the same numbers for the same request, as only a test may."""
+    return Keystream(hashlib.sha256(name.encode()).digest())
+
+
+@dataclass
+class Desk:
+    """A site at work, and the requests of a coordinator that holds the same model."""
+
+    site: Site
+    config: RunConfig
+    resident: Resident = field(default_factory=Resident)
+    randomness: answers.Randomness = keyed
+
+    @property
+    def model(self) -> LoadedModel:
+        return self.resident.model(self.config, "cpu")
+
+    def start(self) -> Arrays:
+        """Return the arrays that the run starts from, whatever the site's model holds now."""
+        return models.load(self.config).arrays()
+
+    def join(self, run: str = "run", **changes: Any) -> JoinReply:
+        shapes = models.shapes(self.model.arrays())
+        values = {"run": run, "config": self.config.as_json(), "base_digest": self.model.base_digest, "shapes": shapes}
+        request = JoinRequest(**(values | changes))
+        reply = answers.answer(self.resident, self.site, "join", request, self.randomness)
+        assert isinstance(reply, JoinReply)
+        return reply
+
+    def train(self, number: int = 1, arrays: Arrays | None = None, run: str = "run", config: str = "") -> TrainReply:
+        request = TrainRequest(run, config or self.config.as_json(), number, self.start() if arrays is None else arrays)
+        reply = answers.answer(self.resident, self.site, "train", request, self.randomness)
+        assert isinstance(reply, TrainReply)
+        return reply
+
+    def evaluate(
+        self, number: int = 1, arrays: Arrays | None = None, run: str = "run", config: str = ""
+    ) -> EvaluateReply:
+        request = EvaluateRequest(
+            run, config or self.config.as_json(), number, self.start() if arrays is None else arrays
+        )
+        reply = answers.answer(self.resident, self.site, "evaluate", request, self.randomness)
+        assert isinstance(reply, EvaluateReply)
+        return reply
+
+    def ledger(self) -> Ledger:
+        return answers.open_ledger(self.site)
+
+    def spent(self) -> int:
+        """Count what the ledger has charged."""
+        with self.ledger() as ledger:
+            return len(ledger.spends())
+
+    def rows(self) -> list[Row]:
+        return [json.loads(line) for line in self.site.dataset.path.read_text(encoding="utf-8").splitlines()]
+
+    def write(self, rows: list[Row]) -> None:
+        self.site.dataset.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def new_desk(new_site: Callable[..., Site], new_config: Callable[..., RunConfig]) -> Callable[..., Desk]:
+    """Make a site at work: `site` and `config` hold changes, `rows` its records."""
+
+    def make(
+        *,
+        site: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
+        rows: list[Row] | None = None,
+        name: str = "clinic",
+        **more: Any,
+    ) -> Desk:
+        return Desk(new_site(name, rows, **(site or {})), new_config(**(config or {})), **more)
+
+    return make
+
+
+@pytest.fixture
+def desk(new_desk: Callable[..., Desk]) -> Desk:
+    return new_desk()
