@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from server.history.records import Kind, Part, Spend
+from server.report.check import Check, check
 from server.report.facts import Facts
 from server.report.sites import PARTS, Accounts
 from server.report.words import budget, cut, epsilon
@@ -28,6 +29,7 @@ class Privacy:
     by_part: dict[Part, Spend]
     delta: float | None  # the largest
     doubts: tuple[str, ...]
+    check: Check | None  # None without privacy
     unanswered: int  # requests without an answer, which the site may have charged all the same
     simulated: bool
 
@@ -41,7 +43,10 @@ def privacy(facts: Facts, found: Accounts) -> Privacy:
     }
     planned = _planned(facts)
     private = facts.run.private and planned != math.inf
-    doubts = [*_unbounded(found), *_overspent(found), *_unrecorded(facts)] if private else []
+    checked = check(found) if private else None
+    doubts = (
+        [*_unbounded(found), *_overspent(found), *_unrecorded(facts), *_some(list(checked.doubts))] if checked else []
+    )
     return Privacy(
         private=private,
         planned=planned,
@@ -49,6 +54,7 @@ def privacy(facts: Facts, found: Accounts) -> Privacy:
         by_part=by_part,
         delta=max((spend.delta for _, spend in facts.spends), default=None),
         doubts=tuple(doubts),
+        check=checked,
         unanswered=sum(part.outcome in ("failed", "timeout") for _, part in facts.participations),
         simulated=any(attempt.engine == "in-process" for attempt in facts.attempts),
     )

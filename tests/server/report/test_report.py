@@ -190,6 +190,22 @@ def test_a_history_that_contradicts_the_promise_takes_the_place_of_the_claim(mak
     assert "Each record of each site lost" not in made.text
 
 
+def test_a_site_that_reports_less_than_its_releases_cost_is_named(make):
+    made = make([replace(each, spends=tuple(replace(s, epsilon=0.9) for s in each.spends)) for each in few()])
+    assert "charite reports ε = 0.90 for its train records, but its releases come to 1.18." in made.text
+    assert "Not established." in made.text
+
+
+def test_releases_that_no_mechanism_can_make_are_a_doubt_and_not_a_crash(make):
+    made = make(_with_spend(sampling_rate=7.0))
+    assert "charite reports releases of its train records that no mechanism can make." in made.text
+
+
+def test_the_page_says_what_it_composed_again(make):
+    text = make(few()).text
+    assert "the largest comes to ε = 1.18, and no site reports less than its releases cost." in text
+
+
 def test_the_sites_table_lists_releases_epsilon_answers_and_accuracy(make):
     rounds = few()
     refused = Participation("aku", "train", "refused", 0.1, 512, 64, "max_epsilon=8 is spent")
@@ -267,6 +283,7 @@ def test_one_round_is_enough_for_a_report(make):
 
 def test_a_run_that_goes_on_is_reported_as_far_as_it_got(make):
     text = make(few(3), planned=10, end=None).text
+    assert "Each record of each site has lost at most ε = 1.50" in text
     assert "running 3 of 10 rounds, 2 sites; not finished, and reported as far as it got" in text
 
 
