@@ -153,10 +153,10 @@ class Federation:
                     assert item.epsilon == math.inf
         newest = [item.checkpoint for item in played][-5:]
         on_disk = {file.name: file for file in (self.run(run) / "checkpoints").iterdir()}
-        assert set(on_disk) == {f"{item.digest}.safetensors" for item in newest}
-        for item in newest:
-            content = on_disk[f"{item.digest}.safetensors"].read_bytes()
-            assert (hashlib.sha256(content).hexdigest(), len(content)) == (item.digest, item.bytes)
+        assert set(on_disk) == {f"{checkpoint.digest}.safetensors" for checkpoint in newest}
+        for checkpoint in newest:
+            content = on_disk[f"{checkpoint.digest}.safetensors"].read_bytes()
+            assert (hashlib.sha256(content).hexdigest(), len(content)) == (checkpoint.digest, checkpoint.bytes)
 
     def end(self) -> None:
         """End what still runs."""
