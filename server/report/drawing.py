@@ -139,7 +139,7 @@ def mark_phases(axes: Axes, phases: Sequence[tuple[int, str]], *, names: bool = 
         at, side, offset = (edges[place + 1], "right", -4) if narrow else (edges[place], "left", 4 if place else 0)
         axes.annotate(
             text,
-            (at, 1.02),
+            (at, 1.04),
             xycoords=axes.get_xaxis_transform(),
             xytext=(offset, 0),
             textcoords="offset points",

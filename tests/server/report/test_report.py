@@ -196,6 +196,21 @@ def test_a_site_that_reports_less_than_its_releases_cost_is_named(make):
     assert "Not established." in made.text
 
 
+def test_a_site_that_reports_less_is_found_among_many_different_ones(make):
+    rounds = few(2, sites=[f"site-{number:02d}" for number in range(20)])
+    spends = [
+        tuple(replace(spend, noise_multiplier=2 + place / 100) for place, spend in enumerate(each.spends))
+        for each in rounds
+    ]
+    spends = [
+        tuple(replace(spend, epsilon=spend.epsilon * (0.3 if spend.site == "site-17" else 3)) for spend in each)
+        for each in spends
+    ]
+    made = make([replace(each, spends=changed) for each, changed in zip(rounds, spends, strict=True)])
+    assert "Site site-17 reports ε = 0.30" in made.text
+    assert "16 of 40 accounts" in made.text
+
+
 def test_releases_that_no_mechanism_can_make_are_a_doubt_and_not_a_crash(make):
     made = make(_with_spend(sampling_rate=7.0))
     assert "charite reports releases of its train records that no mechanism can make." in made.text
@@ -220,7 +235,7 @@ def test_the_sites_table_lists_releases_epsilon_answers_and_accuracy(make):
     assert re.search(r"charite charite-2026 .* 9 0 0 1 0\.705 ?\(0\.685 to 0\.725\)", text)
     assert re.search(r"aku – – – – – – 0 1 0 0 –", text)
     assert "aku train refused 1 4 max_epsilon=8 is spent" in text
-    assert "1 request got no answer." in text
+    assert "1 request failed or timed out." in text
 
 
 def test_key_numbers_are_those_of_the_last_round(make):
@@ -297,7 +312,7 @@ def test_a_run_with_no_rounds_claims_nothing(make):
 def test_a_failed_run_shows_its_error_and_what_is_missing(make):
     text = make(few(2), planned=5, end="failed").text
     assert "failed 2 of 5 rounds, 2 sites; it ended before its last round" in text
-    assert "attempt 1 failed the disk is full" in text
+    assert "error Attempt 1 failed: the disk is full" in text
 
 
 def test_an_in_process_run_is_called_a_simulation(make):
