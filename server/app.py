@@ -1,6 +1,7 @@
 """The Flower ServerApp: wiring only. `server.rounds` is the run."""
 
 import json
+import logging
 from pathlib import Path
 
 from flwr.app import Context
@@ -28,11 +29,21 @@ def build(observer: Observer) -> ServerApp:
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         settings = context.run_config
+        engine = str(settings.get("engine", "flower"))
+        if engine == "flower":
+            _log_rounds()
         job = load_job(Path(str(settings.get("run", ""))))
         with History.open(str(settings.get("database", "")) or default_database()) as history:
-            rounds.run(job, grid, history, observer, engine=str(settings.get("engine", "flower")))
+            rounds.run(job, grid, history, observer, engine=engine)
 
     return app
+
+
+def _log_rounds() -> None:
+    """Write the rounds' lines to standard error, which `flwr log` shows."""
+    logging.getLogger("moonflower").setLevel(logging.INFO)
+    if not logging.getLogger().handlers:
+        logging.getLogger("moonflower").addHandler(logging.StreamHandler())
 
 
 def load_job(folder: Path) -> Job:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import signal
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,8 @@ from shared.paths import default_database, home
 if TYPE_CHECKING:
     from server.history.records import Round, Run
     from server.history.store import History
+
+SUPERLINK = "moonflower"  # the connection's name in Flower's config.toml, as docs/guides/flower-engine.md has it
 
 
 @click.command()
@@ -114,15 +117,19 @@ def _stop_cleanly_on_sigterm() -> None:
 
 
 def _print_prepared(run: str, prepare: Any, database: str, style: str) -> None:
-    folder = prepare.run_folder(run)
+    from server.history.engine import masked, parse_url
+
+    folder, shown = prepare.run_folder(run), masked(parse_url(database))
+    nodes = f"num-supernodes={len(prepare.site_files(run))} client-resources-num-cpus=1"
+    settings = f"run={json.dumps(str(folder))} database={json.dumps(shown)}"  # TOML strings
+    command = ["flwr", "run", ".", SUPERLINK, "--federation-config", nodes, "--run-config", settings]
     if style == "json":
-        click.echo(json.dumps({"run": run, "folder": str(folder), "database": database}))
+        described = {"run": run, "folder": str(folder), "database": shown, "command": shlex.join(command)}
+        click.echo(json.dumps(described))
         return
-    click.echo(f"{run} is laid out in {folder}. Run it on Flower's own engine with:")
-    sites = len(prepare.site_files(run))
-    click.echo(
-        f"  flwr run . --federation-config 'num-supernodes={sites}' --run-config 'run=\"{folder}\" database=\"{database}\"'"
-    )
+    click.echo(f"{run} is laid out in {folder}. From the repository's root, run it on Flower's own engine with:")
+    click.echo(f"  {shlex.join(command)}")
+    click.echo(f"{SUPERLINK} is a SuperLink in Flower's config.toml; docs/guides/flower-engine.md sets one up.")
 
 
 def _print_finished(run: "Run", history: "History", database: str, console: Console, quiet: bool, style: str) -> None:
