@@ -16,9 +16,9 @@ from pydantic import Field
 from client.privacy.policy import Policy
 from shared.errors import ConfigError, DataError
 from shared.plan import DatasetCard
-from shared.run_config import Section, parse
+from shared.run_config import NAME_PATTERN, Section, parse
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 class Dataset(Section):

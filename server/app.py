@@ -56,15 +56,16 @@ def load_job(folder: Path) -> Job:
     """
     try:
         values = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        run, config_values = values["run"], values["config"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
             f"run={str(folder)!r} is not the folder of a run; make one with `moonflower simulate --prepare` and pass its "
             "path, as in: flwr run . --run-config 'run=\"PATH\"'."
         ) from None
-    config = parse(RunConfig, values["config"], source=str(folder / RUN_FILE))
+    config = parse(RunConfig, config_values, source=str(folder / RUN_FILE))
     test_set = folder / TEST_FILE
     places = folder / CHECKPOINTS, test_set if test_set.exists() else None
-    return Job(values["run"], config, *places, sites=int(values.get("sites", 0)))
+    return Job(run, config, *places, sites=int(values.get("sites", 0)))
 
 
 app = build(Log())

@@ -18,17 +18,32 @@ from safetensors.numpy import save
 from server.history.records import Checkpoint
 from server.optimization import ServerState
 from shared.arrays import Arrays
-from shared.errors import NotFoundError
+from shared.errors import NotFoundError, RunFailedError
 from shared.packages import file_digest
 
 SECTIONS = ("iterate", "published", "first", "second")
 
 
 def write(folder: Path, state: ServerState) -> Checkpoint:
-    """Put `state` on the disk, durable before this returns."""
+    """Put `state` on the disk, durable before this returns.
+
+    Raises
+    ------
+    RunFailedError
+        Where the disk does not take it; the run can be resumed when it does.
+    """
     tensors = {f"{section}/{name}": array for section in SECTIONS for name, array in getattr(state, section).items()}
     # One entry: safetensors writes several in any order, and equal states must have equal digests.
     data = save(tensors, metadata={"state": json.dumps({"steps": state.steps, "phase": state.phase})})
+    try:
+        return _write(folder, data)
+    except OSError as error:
+        raise RunFailedError(
+            f"a checkpoint of {len(data)} bytes cannot be written to {folder}: {error.strerror}; mend that, then resume the run."
+        ) from None
+
+
+def _write(folder: Path, data: bytes) -> Checkpoint:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".writing-", delete=False) as stream:
         stream.write(data)
@@ -69,7 +84,7 @@ def read(folder: Path, digest: str) -> ServerState:
             metadata = json.loads(held.metadata()["state"])
     except SafetensorError as error:
         raise NotFoundError(f"checkpoint {place} cannot be read: {error}.") from None
-    return ServerState(**sections, **metadata)
+    return ServerState(**sections, steps=metadata["steps"], phase=metadata["phase"])
 
 
 def prune(folder: Path, keep: set[str], before: datetime) -> None:

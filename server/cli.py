@@ -99,7 +99,7 @@ def rounds(run_id: str, round_number: int | None, database: str, style: Format, 
     Example: moonflower history rounds last --format csv
     """
     with _open(database) as store:
-        run = _find(store, run_id)
+        run = find_run(store, run_id)
         found = store.rounds(run.id, round_number=round_number, limit=_one_more(limit))
     rows = [{"round": each.number, **vars(each), **_checkpoint(each)} for each in found]
     _print(run, "rounds", ROUND_COLUMNS, rows, style, limit)
@@ -145,7 +145,7 @@ def events(run_id: str, database: str, style: Format, limit: int) -> None:
     Example: moonflower history events last
     """
     with _open(database) as store:
-        run = _find(store, run_id)
+        run = find_run(store, run_id)
         found = store.events(run.id, limit=_one_more(limit))
     _print(run, "events", ["at", "level", "text"], [dict(vars(each)) for each in found], style, limit)
 
@@ -197,7 +197,8 @@ def _open(database: str) -> "History":
     return History.open(database, create=False)
 
 
-def _find(store: "History", run_id: str) -> Run:
+def find_run(store: "History", run_id: str) -> Run:
+    """Give the run of this id, of a beginning of it, or the newest for `last`."""
     if run_id != "last":
         return store.run(run_id)
     newest = store.runs(limit=1)
@@ -232,7 +233,7 @@ def _print_parts(
     limit: int,
 ) -> None:
     with _open(database) as store:
-        run = _find(store, run_id)
+        run = find_run(store, run_id)
         read: Callable[..., list[tuple[int, object]]] = getattr(store, reader)
         found = read(run.id, site=site, round_number=round_number, limit=_one_more(limit))
     columns = ["round", *(field.name for field in fields(record))]

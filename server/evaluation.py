@@ -13,7 +13,7 @@ from shared.arrays import Arrays
 from shared.errors import DataError
 from shared.features import FeatureCache, features
 from shared.models import HEAD, LoadedModel
-from shared.run_config import RunConfig
+from shared.run_config import RunConfig, Task
 from shared.tasks.text_classification import Examples, tokenise
 
 
@@ -22,7 +22,7 @@ class TestSet:
 
     def __init__(self, path: Path, config: RunConfig, model: LoadedModel) -> None:
         self._model, self._config = model, config
-        texts, labels = _read(path, config)
+        texts, labels = read(path, config.task)
         self._whole = tokenise(model.tokenizer, texts, labels, config.task.max_length)
         quick = config.evaluation.quick_records or len(labels)
         self._quick = Examples(self._whole.tokens[:quick], self._whole.labels[:quick])
@@ -45,21 +45,37 @@ class TestSet:
         return [*found, Metric("test", None, "loss", loss), Metric("test", None, "records", len(examples))]
 
 
-def _read(path: Path, config: RunConfig) -> tuple[list[str], list[int]]:
-    numbers = {label: number for number, label in enumerate(config.task.labels)}
+def read(path: Path, task: Task) -> tuple[list[str], list[int]]:
+    """Read the public test records' texts and their labels' numbers.
+
+    Raises
+    ------
+    DataError
+        Naming the row at fault.
+    """
+    numbers = {label: number for number, label in enumerate(task.labels)}
     texts: list[str] = []
     labels: list[int] = []
     try:
-        for row, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            record = json.loads(line)
-            if str(record["label"]) not in numbers:
-                raise DataError(
-                    f"{path}, row {row}: label {record['label']!r} is not one of the declared {list(numbers)}."
-                )
-            texts.append(record["text"])
-            labels.append(numbers[str(record["label"])])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a test set of JSON lines with text and label: {error!r}.") from None
+        with path.open(encoding="utf-8") as lines:  # and not splitlines(): a text may hold U+2028
+            for row, line in enumerate(lines, 1):
+                text, label = _row(line, f"{path}, row {row}")
+                if label not in numbers:
+                    raise DataError(f"{path}, row {row}: label {label!r} is not one of the declared {list(numbers)}.")
+                texts.append(text)
+                labels.append(numbers[label])
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from None
     if not labels:
         raise DataError(f"{path} holds no records.")
     return texts, labels
+
+
+def _row(line: str, where: str) -> tuple[str, str]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str) or "label" not in record:
+        raise DataError(f"{where}: not a JSON object with a text and a label.")
+    return record["text"], str(record["label"])

@@ -4,6 +4,8 @@ A round is either in the history with its checkpoint on disk, or it did not happ
 next attempt goes on after the last committed round; sites resend what they had answered.
 """
 
+import math
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from flwr.serverapp import Grid
 
 from server import checkpoints, optimization, selection
@@ -26,9 +29,10 @@ from shared import metrics, models
 from shared.errors import RunFailedError
 from shared.messages import EvaluateReply, EvaluateRequest, JoinReply, JoinRequest, TrainReply, TrainRequest
 from shared.models import LoadedModel
-from shared.run_config import RunConfig
+from shared.run_config import NAME_PATTERN, RunConfig
 
 R = TypeVar("R")
+NAME = re.compile(NAME_PATTERN)
 JOIN_DEADLINE = 600.0  # seconds: a site reads and tokenises its data before it joins
 LATECOMERS = 60.0  # seconds to wait for a run's other sites once federation.min_sites are connected
 
@@ -77,12 +81,16 @@ class Campaign:
         )
         reasons: list[str] = []
         for answer in ask(self.grid, "join", self._nodes(), request, JoinReply, group="join", deadline=JOIN_DEADLINE):
+            error = answer.error
             if answer.reply is not None:
+                error = _undeclarable(answer.reply)
+            if answer.reply is not None and error is None:
                 self.sites[answer.node] = answer.reply
             else:
-                reasons.append(answer.error or answer.outcome)
-                self.history.add_event(self.job.run, "warning", f"node {answer.node} did not join: {answer.error}")
-                self.observer.answered(0, "join", f"node {answer.node}", answer.outcome, answer.error)
+                reasons.append(error or answer.outcome)
+                outcome = "failed" if answer.outcome == "ok" else answer.outcome
+                self.history.add_event(self.job.run, "warning", f"node {answer.node} did not join: {error}")
+                self.observer.answered(0, "join", f"node {answer.node}", outcome, error)
         names = [reply.site for reply in self.sites.values()]
         if len(set(names)) != len(names):
             raise RunFailedError(
@@ -117,28 +125,22 @@ class Campaign:
         name, settings, step = self.config.place(number)
         state = optimization.enter(state, name, self.model.names(name))
         request = TrainRequest(self.job.run, self.config.as_json(), number, state.iterate)
-        fold = Fold(state.first)  # shaped like the phase's arrays
+        fold = Fold(state.first, unit=settings.learning_rate * settings.clipping_norm)  # shaped like the phase's arrays
         folded = 0
         for answer in self._ask(
             "train", number, request, TrainReply, selection.select(self.config, number, self.sites)
         ):
             reply, error = answer.reply, answer.error
-            if reply is not None:
+            if reply is not None and (error := self._at_odds(reply, answer.node, number)) is None:
+                # Spent at the site, whether or not the update can be used.
+                seen.spends.append(
+                    self._spend(answer.node, reply.epsilon, reply.noise_multiplier, reply.sampling_rate, reply.steps)
+                )
                 try:
                     fold.add(reply.update, self.weights[answer.node])
+                    folded += 1
                 except UpdateError as refused:
                     error = str(refused)
-                else:
-                    folded += 1
-                    seen.spends.append(
-                        self._spend(
-                            answer.node,
-                            reply.epsilon,
-                            reply.noise_multiplier,
-                            reply.sampling_rate,
-                            reply.steps,
-                        )
-                    )
             self._saw(seen, number, "train", answer, error)
         if folded < self.config.federation.min_sites:
             raise RunFailedError(
@@ -148,7 +150,14 @@ class Campaign:
                     "no reason was given",
                 )
             )
-        return optimization.step(state, settings, fold.mean(), done=(step - 1) / settings.rounds)
+        with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+            moved = optimization.step(state, settings, fold.mean(), done=(step - 1) / settings.rounds)
+        if not all(np.isfinite(array).all() for array in moved.iterate.values()):
+            raise RunFailedError(
+                f"round {number}: the server's step left arrays that are not finite; start a new run with {name}."
+                f"server_learning_rate below {settings.server_learning_rate:g}."
+            )
+        return moved
 
     def evaluate(self, number: int, state: ServerState, seen: "Seen") -> None:
         """Score what the round published: on the public test set, and by the sites' released histograms."""
@@ -160,23 +169,39 @@ class Campaign:
         total, variance = np.zeros(0), 0.0
         for answer in self._ask("evaluate", number, request, EvaluateReply, sorted(self.sites)):
             reply, error = answer.reply, answer.error
-            if reply is not None:
-                counts = reply.histogram["counts"].astype(np.float64)
-                if (
-                    counts.shape != (len(self.config.task.labels),) * 2 + (self.config.evaluation.confidence_bins,)
-                    or not np.isfinite(counts).all()
-                ):
+            if reply is not None and (error := self._at_odds(reply, answer.node, number)) is None:
+                seen.spends.append(
+                    self._spend(answer.node, reply.epsilon, reply.noise_multiplier, 1.0, 1, part="validation")
+                )
+                counts = self._counts(reply)
+                if counts is None:
                     error = "the histogram is not the one that was asked for."
                 else:
-                    seen.metrics += _validation(counts, reply.noise_multiplier, reply.site)
-                    seen.spends.append(
-                        self._spend(answer.node, reply.epsilon, reply.noise_multiplier, 1.0, 1, part="validation")
-                    )
+                    seen.metrics += _validation(counts, reply.noise_multiplier, self.sites[answer.node].site)
                     total = counts if total.size == 0 else total + counts
                     variance += reply.noise_multiplier**2
             self._saw(seen, number, "evaluate", answer, error)
         if total.size:
             seen.metrics += _validation(total, variance**0.5, None)
+
+    def _counts(self, reply: EvaluateReply) -> npt.NDArray[np.float64] | None:
+        """Return the reply's histogram, or None where it is another than was asked for."""
+        labels, bins = len(self.config.task.labels), self.config.evaluation.confidence_bins
+        counts = reply.histogram.get("counts")
+        if len(reply.histogram) != 1 or counts is None or counts.shape != (labels, labels, bins):
+            return None
+        return counts.astype(np.float64) if np.isfinite(counts).all() else None
+
+    def _at_odds(self, reply: TrainReply | EvaluateReply, node: int, number: int) -> str | None:
+        """Say what is wrong with a reply's public values, before any of them is used or kept."""
+        if reply.site != self.sites[node].site or reply.round != number:
+            return f"the reply is of site {reply.site!r} and round {reply.round}, not of {self.sites[node].site!r} and {number}."
+        plausible = reply.epsilon >= 0 and 0 <= reply.noise_multiplier < math.inf  # false for what is no number
+        if isinstance(reply, TrainReply):
+            plausible = plausible and 0 < reply.sampling_rate <= 1 and reply.steps >= 1
+        return (
+            None if plausible else "the reply's epsilon, noise multiplier, sampling rate or steps are no such values."
+        )
 
     def _ask(
         self, kind: Kind, number: int, request: object, expected: type[R], nodes: list[int]
@@ -213,6 +238,14 @@ class Seen:
     participations: list[Participation]
     metrics: list[Metric]
     spends: list[Spend]
+
+
+def _undeclarable(reply: JoinReply) -> str | None:
+    """Say what is wrong with a site's declaration: it goes into the history, and onto screens."""
+    for setting, value in (("name", reply.site), ("dataset.id", reply.dataset)):
+        if not NAME.fullmatch(value):
+            return f"{setting}={value[:64]!r} is not a name; use {NAME.pattern} (site.toml)."
+    return None if reply.records >= 1 else f"dataset.records={reply.records} must be at least 1 (site.toml)."
 
 
 def _validation(counts: np.ndarray, noise: float, site: str | None) -> list[Metric]:

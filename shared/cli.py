@@ -55,11 +55,13 @@ def root() -> None:
 def main() -> None:
     """Run the command line: a `MoonflowerError` is one line and its exit code, anything else a traceback."""
     try:
-        root.main(standalone_mode=False)
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
-    except click.ClickException as error:
+        done = root.main(standalone_mode=False)  # a command's own return value, or the code of its `ctx.exit`
+        sys.exit(done if isinstance(done, int) else 0)
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        click.echo(f"Error: {' '.join(error.format_message().split())}", err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)

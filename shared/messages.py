@@ -162,7 +162,12 @@ def from_record(record: RecordDict, *kinds: type[Any]) -> Any:
 
 
 def _float32(name: str, array: Array) -> np.ndarray[Any, np.dtype[np.float32]]:
-    values = array.numpy()
+    try:
+        values = array.numpy()
+    except Exception as error:  # whatever numpy makes of another's bytes
+        raise MessageError(f"array {name!r} cannot be read: {type(error).__name__}.") from None
+    if not isinstance(values, np.ndarray):
+        raise MessageError(f"array {name!r} is no array.")
     if values.dtype != np.float32:
         raise MessageError(f"array {name!r} is {values.dtype}; only float32 travels.")
     return values

@@ -6,7 +6,6 @@ score here is post-processing of it, and a sum of sites' histograms is a histogr
 added, a score carries the interval that the noise leaves.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +37,9 @@ def count(probabilities: npt.NDArray[Any], labels: npt.NDArray[Any], bins: int) 
         predicted = probabilities.argmax(1)
         confidence = probabilities[np.arange(len(labels)), predicted]
         place = (confidence - 1 / classes) / (1 - 1 / classes) * bins
-        np.add.at(counts, (labels, predicted, np.clip(place, 0, bins - 1).astype(int)), 1.0)
+        # A probability that is not a number counts as unsure: every record has its one cell, whatever the model.
+        bin_of = np.clip(np.nan_to_num(place, nan=0.0), 0, bins - 1).astype(int)
+        np.add.at(counts, (labels, predicted, bin_of), 1.0)
     return counts
 
 
@@ -49,59 +50,57 @@ def scores(counts: Counts, noise: float = 0.0) -> list[Score]:
     the ROC curve (ties within a bin count half). An interval comes from adding the same noise once more,
     many times, and reading the spread around the score: it covers the noise, not the sampling of records.
     """
-    functions: dict[str, Callable[[Counts], float]] = {
-        "accuracy": accuracy,
-        "f1": lambda cells: _macro(cells)[2],
-        "precision": lambda cells: _macro(cells)[0],
-        "recall": lambda cells: _macro(cells)[1],
-        "calibration_error": calibration_error,
-    }
-    if counts.shape[0] == 2:
-        functions["auc"] = auc
-    values = {name: function(counts) for name, function in functions.items()}
+    found = _all(counts)
+    values = {name: float(value) for name, value in found.items()}
     if noise == 0:
         return [Score(name, value) for name, value in values.items()]
     # A fixed generator: this randomises a confidence interval, it protects nothing.
-    draws = counts + np.random.default_rng(0).normal(0, noise, (DRAWS, *counts.shape))
-    found = []
-    for name, function in functions.items():
-        deviation = float(np.std([function(draw) for draw in draws]))
-        low, high = values[name] - 1.96 * deviation, values[name] + 1.96 * deviation
-        found.append(Score(name, values[name], max(0.0, low), min(1.0, high)))
-    return found
+    draws = _all(counts + np.random.default_rng(0).normal(0, noise, (DRAWS, *counts.shape)))
+    spread = {name: 1.96 * float(np.std(drawn)) for name, drawn in draws.items()}
+    return [
+        Score(name, value, max(0.0, value - spread[name]), min(1.0, value + spread[name]))
+        for name, value in values.items()
+    ]
 
 
-def accuracy(counts: Counts) -> float:
-    """Share of records on the diagonal."""
-    return _share(np.trace(counts.sum(2)), counts.sum())
+def accuracy(counts: Counts) -> Counts:
+    """Share of records on the diagonal, shape (...)."""
+    return _share(np.trace(counts.sum(-1), axis1=-2, axis2=-1), counts.sum((-3, -2, -1)))
 
 
-def auc(counts: Counts) -> float:
-    """Area under the ROC curve of label 1 against label 0, from binned scores (Mann-Whitney, ties half)."""
+def auc(counts: Counts) -> Counts:
+    """Area under the ROC curve of label 1 against label 0, from binned scores (Mann-Whitney, ties half), shape (...)."""
     # Ascending probability of label 1: predicted 0 from sure to unsure, then predicted 1 from unsure to sure.
-    ordered = np.concatenate([counts[:, 0, ::-1], counts[:, 1, :]], axis=1)
-    negative, positive = ordered
-    below = np.cumsum(negative) - negative
-    return _share(float((positive * (below + negative / 2)).sum()), negative.sum() * positive.sum())
+    ordered = np.concatenate([counts[..., 0, ::-1], counts[..., 1, :]], axis=-1)
+    negative, positive = ordered[..., 0, :], ordered[..., 1, :]
+    below = np.cumsum(negative, axis=-1) - negative
+    return _share((positive * (below + negative / 2)).sum(-1), negative.sum(-1) * positive.sum(-1))
 
 
-def calibration_error(counts: Counts) -> float:
-    """Expected calibration error: mean gap between confidence and accuracy over the bins (Guo et al. 2017)."""
-    classes, _, bins = counts.shape
+def calibration_error(counts: Counts) -> Counts:
+    """Expected calibration error: mean gap between confidence and accuracy over the bins (Guo et al. 2017), shape (...)."""
+    classes, _, bins = counts.shape[-3:]
     centres = 1 / classes + (1 - 1 / classes) * (np.arange(bins) + 0.5) / bins
-    right, held = np.einsum("iik->k", counts), counts.sum((0, 1))
-    return _share(float(np.abs(right - centres * held).sum()), counts.sum())
+    right, held = np.einsum("...iik->...k", counts), counts.sum((-3, -2))
+    return _share(np.abs(right - centres * held).sum(-1), counts.sum((-3, -2, -1)))
 
 
-def _macro(counts: Counts) -> tuple[float, float, float]:
-    confusion = counts.sum(2)
-    right = np.diag(confusion)
-    precision = [_share(hit, total) for hit, total in zip(right, confusion.sum(0), strict=True)]
-    recall = [_share(hit, total) for hit, total in zip(right, confusion.sum(1), strict=True)]
-    f1 = [_share(2 * p * r, p + r) for p, r in zip(precision, recall, strict=True)]
-    return float(np.mean(precision)), float(np.mean(recall)), float(np.mean(f1))
+def _all(counts: Counts) -> dict[str, Counts]:
+    """Every score by name, each of shape (...), of histograms (..., C, C, K)."""
+    precision, recall, f1 = _macro(counts)
+    found = {"accuracy": accuracy(counts), "f1": f1, "precision": precision, "recall": recall}
+    found["calibration_error"] = calibration_error(counts)
+    return found | ({"auc": auc(counts)} if counts.shape[-2] == 2 else {})
 
 
-def _share(part: float, whole: float) -> float:
-    """`part / whole` within [0, 1]: noise can push a count below zero, and a rate has its bounds."""
-    return float(min(1.0, max(0.0, part / whole))) if whole > 0 else 0.0
+def _macro(counts: Counts) -> tuple[Counts, Counts, Counts]:
+    confusion = counts.sum(-1)
+    right = np.diagonal(confusion, axis1=-2, axis2=-1)
+    precision, recall = _share(right, confusion.sum(-2)), _share(right, confusion.sum(-1))
+    f1 = _share(2 * precision * recall, precision + recall)
+    return precision.mean(-1), recall.mean(-1), f1.mean(-1)
+
+
+def _share(part: Counts, whole: Counts) -> Counts:
+    """`part / whole` within [0, 1]: noise can push a count below zero, and a rate has its bounds; 0 of nothing."""
+    return np.clip(np.divide(part, whole, out=np.zeros_like(whole), where=whole > 0), 0.0, 1.0)

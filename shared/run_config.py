@@ -10,7 +10,16 @@ import json
 import math
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
 from shared.errors import ConfigError
 
@@ -18,12 +27,17 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 T = TypeVar("T", bound=BaseModel)
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"  # of a site, and of its dataset
 
 
 class Section(BaseModel):
-    """A frozen section of the configuration: unknown keys are errors, numbers are never guessed."""
+    """A frozen section of the configuration: unknown keys are errors, numbers are never guessed.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+    Neither the text "8" nor `true` is a number; the one exception is `privacy.epsilon`. Fields that hold lists
+    or paths say `strict=False`, because TOML and JSON have no tuples and no paths.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, strict=True)
 
 
 class Lora(Section):
@@ -35,8 +49,9 @@ class Lora(Section):
 
     rank: Count = 8
     alpha: Count = 16
-    targets: tuple[str, ...] = Field(("query", "value"), min_length=1)
-    layers: tuple[int, ...] | None = None  # numbers of the layers to adapt, from 0; None adapts all
+    targets: tuple[str, ...] = Field(("query", "value"), min_length=1, strict=False)
+    # Numbers of the layers to adapt, from 0; None adapts all.
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] | None = None
     init: Literal["random", "svd"] = "random"
 
 
@@ -60,13 +75,13 @@ class Task(Section):
     """What the model learns to do. Labels are public and declared, never read from a site's file."""
 
     name: Literal["text-classification"] = "text-classification"
-    labels: tuple[str, ...] = Field(min_length=2)
+    labels: tuple[str, ...] = Field(min_length=2, strict=False)
     max_length: int = Field(96, ge=4, le=8192)  # tokens; longer texts are cut
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:
         if len(set(self.labels)) != len(self.labels):
-            raise ValueError(f"labels={list(self.labels)} names a label twice")
+            raise ValueError(f"task.labels={list(self.labels)} names a label twice; name each once")
         return self
 
 
@@ -94,7 +109,9 @@ class Phase(Section):
     @model_validator(mode="after")
     def _one_of_rate_and_batch(self) -> Self:
         if self.rounds and (self.batch_size is None) == (self.sampling_rate is None):
-            raise ValueError("needs exactly one of batch_size and sampling_rate")
+            raise ValueError(
+                f"batch_size={self.batch_size} and sampling_rate={self.sampling_rate} are set; set exactly one of them"
+            )
         return self
 
     @property
@@ -106,10 +123,15 @@ class Phase(Section):
 class Privacy(Section):
     """The promise to each record of each site: (epsilon, delta) over the whole run; inf is no promise."""
 
-    epsilon: float = Field(8.0, gt=0)
+    epsilon: float = Field(8.0, gt=0)  # "inf" in JSON, which has no number for it
     delta: float = Field(1e-5, gt=0, lt=1)
     clipping: Literal["flat", "normalise"] = "flat"
     max_noise_multiplier: Positive = 20.0
+
+    @field_validator("epsilon", mode="before")
+    @classmethod
+    def _epsilon_from_json(cls, value: object) -> object:
+        return math.inf if value == "inf" else value
 
     @field_serializer("epsilon", when_used="json")
     def _epsilon_as_json(self, value: float) -> float | str:
@@ -129,6 +151,15 @@ class Federation(Section):
     deadline: Positive = 3600.0  # seconds for one round's replies
     weighting: Literal["uniform", "declared"] = "uniform"
     keep_checkpoints: Count = 5
+
+    @model_validator(mode="after")
+    def _a_cohort_is_a_quorum(self) -> Self:
+        if self.sites_per_round is not None and self.sites_per_round < self.min_sites:
+            raise ValueError(
+                f"federation.sites_per_round={self.sites_per_round} is below federation.min_sites={self.min_sites}, "
+                "so that no round could succeed; raise the one or lower the other"
+            )
+        return self
 
 
 class Evaluation(Section):
@@ -220,17 +251,43 @@ def parse(kind: type[T], values: dict[str, Any], *, source: str) -> T:
 
 def explain(error: ValidationError, source: str) -> str:
     """One line for a failed validation: each setting, its value, and what it should be."""
-    faults = []
-    for fault in error.errors():
-        where = ".".join(str(step) for step in fault["loc"])
-        said = fault["msg"].removeprefix("Value error, ")
-        match fault["type"]:
-            case "extra_forbidden":
-                faults.append(f"unknown setting {where!r}")
-            case "missing":
-                faults.append(f"{where} is missing")
-            case "value_error":
-                faults.append(f"{where}: {said}" if where else said)
-            case _:
-                faults.append(f"{where}={fault['input']!r}: {said[0].lower()}{said[1:]}")
-    return f"{source}: " + "; ".join(faults)
+    return f"{source}: {'; '.join(_fault(fault) for fault in error.errors())}."
+
+
+LIMITS = {  # kind of fault -> what the value must be, from the limits that pydantic names
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "finite_number": "must be finite",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "string_type": "must be text",
+    "bool_type": "must be true or false",
+    "tuple_type": "must be a list",
+    "path_type": "must be a path",
+    "model_type": "must be a section of settings",
+    "literal_error": "must be {expected}",
+    "string_pattern_mismatch": "must match {pattern}",
+    "string_too_short": "must have at least {min_length} characters",
+    "too_short": "must have at least {min_length} items",
+}
+SHOWN = 80  # characters of a value
+
+
+def _fault(fault: ErrorDetails) -> str:
+    where = ".".join(str(step) for step in fault["loc"])
+    value, limits = repr(fault["input"]), fault.get("ctx", {})
+    value = value if len(value) <= SHOWN else value[:SHOWN] + "..."
+    match fault["type"]:
+        case "extra_forbidden":
+            return f"unknown setting {where!r} (={value})"
+        case "missing":
+            return f"{where} is missing"
+        case "value_error":
+            said = str(limits["error"])
+            return said if not where or said.startswith(f"{where}.") else f"{where}: {said}"
+        case kind if kind in LIMITS:
+            return f"{where}={value} {LIMITS[kind].format(**limits)}"
+        case _:
+            return f"{where}={value}: {fault['msg'][0].lower()}{fault['msg'][1:]}"

@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 import signal
+import tempfile
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -68,25 +69,29 @@ def simulate(
     context = click.get_current_context()
     if resume is not None and (
         settings
-        or epsilon
-        or rounds
-        or seed
+        or any(value is not None for value in (epsilon, rounds, seed))
         or context.get_parameter_source("scenario") is click.core.ParameterSource.COMMANDLINE
     ):
         raise ConfigError(
             "--resume goes on with the run's own configuration; leave out the scenario and its settings, or start a new run."
         )
     _keep_quiet()
+    from server.cli import find_run
+    from server.history.engine import is_memory, parse_url
     from server.history.store import History
     from simulations import engine, prepare
     from simulations import scenario as scenarios
 
     _stop_cleanly_on_sigterm()
-    home().mkdir(parents=True, exist_ok=True)
+    _make_home()
+    if is_memory(parse_url(database)):
+        raise ConfigError(
+            f"--database {database}: a database in memory ends with the process; name a file or a server."
+        )
     console = Console(stderr=style == "json", quiet=quiet)
     with History.open(database) as history:
         if resume is not None:
-            run = history.run(resume).id
+            run = find_run(history, resume).id
         else:
             overrides = dict(scenarios.override(text) for text in settings)
             short = {"privacy.epsilon": epsilon, "training.rounds": rounds, "seed": seed}
@@ -98,6 +103,17 @@ def simulate(
             return
         finished = engine.play(run, database, None if quiet else console)
         _print_finished(finished, history, database, console, quiet, style)
+
+
+def _make_home() -> None:
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home()):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"MOONFLOWER_HOME={str(home())!r} cannot be written: {error.strerror}; set it to a folder that can."
+        ) from None
 
 
 def _keep_quiet() -> None:

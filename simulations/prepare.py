@@ -13,14 +13,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from client import data
 from client import site as sites
+from client.answers import PARTS, open_ledger
 from client.privacy import policy
 from client.site import Dataset, Site
+from server import evaluation
 from server.app import RUN_FILE, TEST_FILE
 from server.history.store import History
-from shared import __version__, plan
-from shared.errors import ConfigError, DataError, NotFoundError
+from shared import __version__, models, plan
+from shared.errors import ConfigError, DataError, NotFoundError, PolicyError
 from shared.paths import home
+from shared.plan import SitePlan
+from shared.run_config import RunConfig
 from simulations import vader
 from simulations.scenario import Scenario
 
@@ -32,11 +37,11 @@ def prepare(scenario: Scenario, history: History) -> str:
 
     Raises
     ------
-    ConfigError, DataError, PolicyError
-        Before anything is written.
+    ConfigError, DataError, ModelError
+        With nothing left behind.
     """
+    config, own = scenario.run_config(), _policy(scenario)
     records, test = _records(scenario)
-    own = _policy(scenario)
     for site in scenario.sites:
         held = len(records[site.name])
         if abs(site.records - held) > ROUNDING * held:
@@ -44,9 +49,8 @@ def prepare(scenario: Scenario, history: History) -> str:
                 f"sites: {site.name!r} declares records={site.records} and holds {held}; declare its size rounded, as {_rounded(held)}."
             )
     configs = {site.name: _site(scenario, site.name, site.records, own) for site in scenario.sites}
-    config = scenario.run_config()
-    for site_config in configs.values():
-        policy.check(own, config, plan.make(config, site_config.dataset.card()), site_config.dataset.id)
+    plans = {name: plan.make(config, site_config.dataset.card()) for name, site_config in configs.items()}
+    models.load(config)  # a model that is missing, or of which nothing would be trained, is found out now
 
     run = f"{scenario.name}-{secrets.token_hex(3)}"
     folder = run_folder(run)
@@ -58,6 +62,7 @@ def prepare(scenario: Scenario, history: History) -> str:
             _write(place / "records.jsonl", records[name])
             (place / "split.key").write_bytes(hashlib.sha256(f"{scenario.data.split_seed}/{name}".encode()).digest())
             sites.save(site_config, place / "site.toml")
+            _check_policy(sites.load(place / "site.toml"), config, plans[name])
         if test:
             _write(folder / TEST_FILE, test)
         described = {"run": run, "sites": len(configs), "config": config.as_dict()}
@@ -75,6 +80,17 @@ def prepare(scenario: Scenario, history: History) -> str:
         shutil.rmtree(folder)
         raise
     return run
+
+
+def _check_policy(site: Site, config: RunConfig, planned: SitePlan) -> None:
+    """Refuse what the site will refuse, by its policy or its budget, before the run is entered."""
+    try:
+        policy.check(site.policy, config, planned, site.dataset.id)
+        with open_ledger(site) as ledger:
+            for part in PARTS:
+                ledger.check_plan(planned.releases(part), part, allow_unbounded=site.policy.allow_non_private)
+    except PolicyError as error:
+        raise ConfigError(f"{error} In a simulation the scenario's [policy] sets the sites' limits.") from None
 
 
 def run_folder(run: str) -> Path:
@@ -111,6 +127,10 @@ def _records(scenario: Scenario) -> tuple[dict[str, list[dict[str, Any]]], list[
         return {name: [_row(sentence) for sentence in held[name]] for name in names}, test
     folder = scenario.data.folder or Path()
     test_file = folder / TEST_FILE
+    if test_file.exists():
+        evaluation.read(test_file, scenario.task)
+    for site in scenario.sites:
+        data.read(_dataset(scenario, site.name, site.records, folder / f"{site.name}.jsonl"), scenario.task)
     return {name: _read(folder / f"{name}.jsonl") for name in names}, _read(test_file) if test_file.exists() else []
 
 
@@ -126,13 +146,18 @@ def _policy(scenario: Scenario) -> policy.Policy:
 
 
 def _site(scenario: Scenario, name: str, records: int, own: policy.Policy) -> Site:
-    dataset = Dataset(
+    dataset = _dataset(scenario, name, records, Path("records.jsonl"))
+    return Site(name=name, dataset=dataset, policy=own, device="auto")
+
+
+def _dataset(scenario: Scenario, name: str, records: int, path: Path) -> Dataset:
+    return Dataset(
         id=f"{scenario.name}.{name}",
-        path=Path("records.jsonl"),
+        path=path,
         records=records,
         validation=scenario.data.validation,
+        labels=scenario.task.labels,
     )
-    return Site(name=name, dataset=dataset, policy=own, device="auto")
 
 
 def _rounded(count: int) -> int:
@@ -143,7 +168,8 @@ def _rounded(count: int) -> int:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        with path.open(encoding="utf-8") as lines:  # and not splitlines(): a text may hold U+2028
+            return [json.loads(line) for line in lines]
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror}; data.folder needs one SITE.jsonl for each site."

@@ -14,6 +14,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from server.listing import clean
 
 if TYPE_CHECKING:
     from server.history.records import Kind, Outcome, Round, Run
@@ -53,9 +56,8 @@ class Live:
         """Name the run, its sites and its promise."""
         self._console.print(f"[bold]{run.id}[/bold]: {run.rounds_planned} rounds over {len(sites)} sites")
         for site in sites:
-            self._console.print(
-                f"  {site.site}: dataset {site.dataset}, {site.records} records declared", highlight=False
-            )
+            said = clean(f"  {site.site}: dataset {site.dataset}, {site.records} records declared")
+            self._console.print(Text(said), soft_wrap=True)
         if not run.private:
             self._console.print("[bold red]This run is WITHOUT PRIVACY (epsilon inf): no noise is added.[/bold red]")
         if run.rounds_done:
@@ -72,7 +74,9 @@ class Live:
         self._answered.append(site)
         self._progress.update(self._task, doing=f"{VERBS[kind]}: {site}")
         if outcome != "ok":
-            self._console.print(f"[yellow]round {number}: {site} {outcome}: {error}[/yellow]", highlight=False)
+            # A site's own words: neither markup nor control characters of theirs reach the terminal.
+            said = clean(f"round {number}: {site} {outcome}: {error}" if number else f"{site} {outcome}: {error}")
+            self._console.print(Text(said, style="yellow"), soft_wrap=True)
 
     def round_finished(self, done: Round) -> None:
         """Print the round's line."""

@@ -23,7 +23,7 @@ class Data(Section):
     """
 
     source: Literal["vader", "folder"] = "vader"
-    folder: Path | None = None
+    folder: Path | None = Field(None, strict=False)
     split_seed: int = 0  # which of a site's records are validation
     validation: float = Field(0.1, ge=0.01, le=0.5)
 
@@ -46,7 +46,7 @@ class Scenario(RunConfig):
 
     data: Data = Data()
     policy: Policy = Policy(max_epsilon=20.0)
-    sites: tuple[VirtualSite, ...] = Field(min_length=1)
+    sites: tuple[VirtualSite, ...] = Field(min_length=1, strict=False)
 
     @model_validator(mode="after")
     def _sites_differ(self) -> Self:

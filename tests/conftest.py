@@ -1,5 +1,7 @@
-"""What every part of the tests builds on: a tiny Transformer in a folder, and a real PostgreSQL."""
+"""What every part of the tests builds on: a tiny Transformer and scenario in folders, and a real PostgreSQL."""
 
+import json
+import random
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -66,3 +68,66 @@ def postgres_url(postgres: str) -> Iterator[str]:
 
 
 _names = count()
+
+
+@pytest.fixture
+def moonflower_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give an empty home of Moonflower's own, which `shared.paths` finds."""
+    monkeypatch.delenv("MOONFLOWER_DATABASE", raising=False)
+    monkeypatch.setenv("MOONFLOWER_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def tiny_scenario(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the TOML file of a scenario: three sites of 60 sentences each, five rounds in three phases, epsilon 8.
+
+    The label is told by one word of each sentence, so that a few rounds learn something.
+    """
+    folder = tmp_path_factory.mktemp("tiny-scenario")
+    happy, sad, others = WORDS[:5], WORDS[5:10], WORDS[10:]
+    draw = random.Random(0)  # noqa: S311 - a fixture
+
+    def row(name: str, number: int) -> str:
+        label = "positive" if number % 2 else "negative"
+        words = [draw.choice(others) for _ in range(draw.randrange(2, 9))]
+        words.insert(draw.randrange(len(words)), draw.choice(happy if number % 2 else sad))
+        return json.dumps({"id": f"{name}/{number}", "text": " ".join(words), "label": label}) + "\n"
+
+    for name, count_of_rows in (("north", 60), ("south", 60), ("west", 60), ("test", 40)):
+        rows = [row(name, number) for number in range(count_of_rows)]
+        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    phase = "sampling_rate = 0.5\nclipping_norm = 1.0\n"
+    (folder / "tiny.toml").write_text(
+        f"""
+name = "tiny"
+[model]
+name = "{tiny_model}"
+[task]
+labels = ["negative", "positive"]
+max_length = 16
+[warm_start]
+rounds = 1
+{phase}
+[training]
+rounds = 3
+local_steps = 2
+server_average = 0.5
+{phase}
+[refit]
+rounds = 1
+server_optimizer = "sgd"
+{phase}
+[federation]
+min_sites = 2
+[evaluation]
+every = 2
+[data]
+source = "folder"
+folder = "."
+validation = 0.2
+{"".join(f'[[sites]]{chr(10)}name = "{name}"{chr(10)}records = 60{chr(10)}' for name in ("north", "south", "west"))}
+""",
+        encoding="utf-8",
+    )
+    return folder / "tiny.toml"

@@ -1,0 +1,184 @@
+"""Dispatch over Flower messages: whose answer it is, what went wrong, and who was silent."""
+
+import time
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from server.dispatch import ask
+from shared import messages
+from shared.messages import JoinReply, JoinRequest, Refusal, TrainReply, TrainRequest
+from simulations.grid import InProcessGrid
+
+REQUEST = TrainRequest("run-1", "{}", 2, {"a": np.ones(3, np.float32)})
+
+
+def reply(site="a", **changed):
+    values = {"site": site, "round": 2, "update": {"a": np.ones(3, np.float32)}, "sampling_rate": 0.5}
+    values |= {"noise_multiplier": 1.0, "steps": 1, "epsilon": 0.5}
+    return TrainReply(**{**values, **changed})
+
+
+class Federation(InProcessGrid):
+    """Nodes that answer as a function of their id says; replies come in the order given, some never."""
+
+    def __init__(self, answer, nodes=(1, 2, 3), order=None, silent=()):
+        app = ClientApp()
+
+        @app.train()
+        def train(message, context):
+            answered = answer(context.node_id)
+            if isinstance(answered, Error):
+                return Message(answered, reply_to=message)
+            content = answered if isinstance(answered, RecordDict) else messages.to_record(answered)
+            return Message(content, reply_to=message)
+
+        super().__init__(app, {node: {} for node in nodes})
+        self.order, self.silent, self.seen = order, silent, []
+
+    def pull_messages(self, message_ids):
+        waiting = {self._waiting[i].metadata.dst_node_id: i for i in message_ids if i in self._waiting}
+        self.seen.append(len(waiting))
+        ready = [node for node in (self.order or sorted(waiting)) if node in waiting and node not in self.silent]
+        return super().pull_messages([waiting[node] for node in ready])
+
+
+def train(grid, nodes=(1, 2, 3), deadline=5.0):
+    return list(ask(grid, "train", nodes, REQUEST, TrainReply, group="2", deadline=deadline))
+
+
+def test_replies_are_matched_to_their_nodes_in_whatever_order_they_come():
+    grid = Federation(lambda node: reply(f"site-{node}"), order=[3, 1, 2])
+    answers = train(grid)
+    assert [(a.node, a.reply.site, a.outcome, a.error) for a in answers] == [
+        (3, "site-3", "ok", None),
+        (1, "site-1", "ok", None),
+        (2, "site-2", "ok", None),
+    ]
+
+
+def test_an_answer_tells_its_time_and_its_bytes():
+    (answer,) = train(Federation(lambda node: reply(update={"a": np.ones(10_000, np.float32)}), nodes=[1]), [1])
+    assert 40_000 < answer.bytes_up < 42_000
+    assert 12 <= answer.bytes_down < 1_500
+    assert 0 <= answer.seconds < 5
+
+
+def test_an_answer_is_given_before_the_next_site_works():
+    worked = []
+
+    def answer(node):
+        worked.append(node)
+        return reply(f"site-{node}")
+
+    for number, _ in enumerate(
+        ask(Federation(answer), "train", [1, 2, 3], REQUEST, TrainReply, group="2", deadline=5), 1
+    ):
+        assert len(worked) == number
+
+
+def test_a_refusal_is_named_with_its_reason_and_a_failure_is_no_refusal():
+    said = {1: Refusal("a", "refused", "limit of 8"), 2: Refusal("b", "failed", "its log"), 3: Refusal("c", "ok", "?")}
+    answers = {a.node: (a.outcome, a.error, a.reply) for a in train(Federation(said.get))}
+    assert answers == {
+        1: ("refused", "limit of 8", None),
+        2: ("failed", "its log", None),
+        3: ("failed", "?", None),  # what is no refusal is a failure
+    }
+
+
+def test_flowers_own_errors_are_failures_with_a_reason():
+    said = {1: Error(5, "node is gone"), 2: Error(3), 3: reply("c")}
+    answers = {a.node: (a.outcome, a.error) for a in train(Federation(said.get))}
+    assert answers == {1: ("failed", "node is gone"), 2: ("failed", "Flower error 3."), 3: ("ok", None)}
+
+
+def test_an_exception_in_a_clientapp_fails_its_site_alone(caplog):
+    def answer(node):
+        if node == 2:
+            raise RuntimeError("text of a record")
+        return reply(f"site-{node}")
+
+    answers = {a.node: (a.outcome, a.error) for a in train(Federation(answer))}
+    assert answers[1] == answers[3] == ("ok", None)
+    assert answers[2][0] == "failed"
+    assert "text of a record" not in answers[2][1]
+
+
+def without(record, name):
+    del record["values"][name]
+    return record
+
+
+def with_value(record, name, value):
+    record["values"][name] = value
+    return record
+
+
+def with_arrays(record, array):
+    record["update"] = ArrayRecord({"a": array})
+    return record
+
+
+good = messages.to_record
+MALFORMED = {
+    "a missing field": lambda: without(good(reply()), "steps"),
+    "an extra field": lambda: with_value(good(reply()), "loss", 0.3),
+    "a number as text": lambda: with_value(good(reply()), "epsilon", "0.5"),
+    "a whole number for a float": lambda: with_value(good(reply()), "epsilon", 1),
+    "float64": lambda: with_arrays(good(reply()), Array(np.ones(3))),
+    "garbage for an array": lambda: with_arrays(good(reply()), Array("float32", (3,), "numpy.ndarray", b"garbage")),
+    "an unknown serialisation": lambda: with_arrays(good(reply()), Array("float32", (3,), "pickle", b"garbage")),
+    "another message": lambda: good(JoinReply("a", "d", 10, 0.1)),
+    "no values": lambda: RecordDict({"update": ArrayRecord()}),
+    "nothing": RecordDict,
+    "no name": lambda: RecordDict({"values": ConfigRecord({"site": "a"})}),
+}
+
+
+@pytest.mark.parametrize("malformed", MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_reply_fails_its_site_with_a_reason_and_the_others_go_on(malformed):
+    answers = {a.node: a for a in train(Federation(lambda node: malformed() if node == 2 else reply(f"s{node}")))}
+    assert (answers[1].outcome, answers[3].outcome) == ("ok", "ok")
+    assert (answers[2].outcome, answers[2].reply) == ("failed", None)
+    assert answers[2].error
+    assert "\n" not in answers[2].error
+
+
+def test_silence_past_the_deadline_is_a_timeout_and_comes_last():
+    grid = Federation(lambda node: reply(f"site-{node}"), silent={1})
+    started = time.monotonic()
+    answers = train(grid, deadline=0.3)
+    assert 0.3 <= time.monotonic() - started < 3
+    assert [(a.node, a.outcome) for a in answers] == [(2, "ok"), (3, "ok"), (1, "timeout")]
+    assert answers[-1].error == "no reply within 0.3 s (federation.deadline)."
+    assert answers[-1].bytes_up == 0
+
+
+def test_a_second_reply_to_one_request_does_not_count():
+    class Twice(Federation):
+        def pull_messages(self, message_ids):
+            replies = list(super().pull_messages(message_ids))
+            return [*replies, *replies]
+
+    answers = train(Twice(lambda node: reply(f"site-{node}")))
+    assert [(a.node, a.outcome) for a in answers] == [(1, "ok"), (2, "ok"), (3, "ok")]
+
+
+def test_nobody_is_asked_when_there_is_nobody():
+    assert train(Federation(lambda node: reply()), nodes=[]) == []
+
+
+def test_a_request_reaches_the_handler_of_its_kind():
+    app = ClientApp()
+
+    @app.query()
+    def query(message, context):
+        request = messages.from_record(message.content, JoinRequest)
+        return Message(messages.to_record(JoinReply(request.run, "d", 10, 0.1)), reply_to=message)
+
+    request = JoinRequest("run-9", "{}", "0", "{}")
+    (answer,) = ask(InProcessGrid(app, {7: {}}), "join", [7], request, JoinReply, group="join", deadline=5)
+    assert answer.reply == JoinReply("run-9", "d", 10, 0.1)
