@@ -90,8 +90,8 @@ def _join(
         raise RefusedError("the coordinator's arrays are not this site's; install the same version on both sides.")
     for part in PARTS:
         _check_budget(site, planned, request.run, part, ledger)
-    resident.parts(site, config)
     _check_split(site, ledger)
+    resident.parts(site, config)
     card = site.dataset.card()
     return JoinReply(site.name, card.dataset, card.records, card.validation)
 

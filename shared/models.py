@@ -8,6 +8,7 @@ function.
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,7 +153,9 @@ def _adapt(module: TextClassifier, model: Model) -> None:
         bias="none",
     )
     try:
-        inject_adapter_in_model(settings, module.encoder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # it is mended there
+            inject_adapter_in_model(settings, module.encoder)
     except ValueError:
         linear = sorted(
             {name.rpartition(".")[2] for name, part in module.encoder.named_modules() if isinstance(part, nn.Linear)}

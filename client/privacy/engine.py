@@ -71,18 +71,19 @@ class PerRecordGradients:
         self._handles.enter_context(warnings.catch_warnings())
         # Opacus's hooks need no gradient of a layer's input, and frozen layers below have none.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        for name, part in self._module.named_modules():
-            if not any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
-                continue
-            if isinstance(part, nn.Embedding):
-                self._handles.callback(part.register_forward_pre_hook(self._expand_positions).remove)
-            self._handles.callback(part.register_forward_hook(partial(self._look, name)).remove)
         try:
             hooks = GradSampleHooks(self._module, loss_reduction="sum", strict=True)
         except NotImplementedError as error:
             self._handles.close()
             raise SensitivityError(f"this model has no per-record gradients: {str(error).splitlines()[0]}") from None
         self._handles.callback(hooks.cleanup)
+        # After Opacus, which copies the layers that it gives to functorch, hooks and all.
+        for name, part in self._module.named_modules():
+            if not any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
+                continue
+            if isinstance(part, nn.Embedding):
+                self._handles.callback(part.register_forward_pre_hook(self._expand_positions).remove)
+            self._handles.callback(part.register_forward_hook(partial(self._look, name)).remove)
         self._hooks = hooks
         return self
 

@@ -177,3 +177,47 @@ def new_desk(new_site: Callable[..., Site], new_config: Callable[..., RunConfig]
 @pytest.fixture
 def desk(new_desk: Callable[..., Desk]) -> Desk:
     return new_desk()
+
+
+@pytest.fixture(scope="session")
+def tiny_of(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give the folder of a tiny model of another kind, with the tokenizer of `tiny_model`."""
+    import torch
+    from transformers import (
+        AutoTokenizer,
+        DistilBertConfig,
+        DistilBertModel,
+        GPT2Config,
+        GPT2Model,
+        LlamaConfig,
+        LlamaModel,
+        RobertaConfig,
+        RobertaModel,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    words, shape = len(tokenizer), {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    makers: dict[str, Callable[[], Any]] = {
+        "distilbert": lambda: DistilBertModel(
+            DistilBertConfig(vocab_size=words, dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=64)
+        ),
+        "roberta": lambda: RobertaModel(
+            RobertaConfig(vocab_size=words, intermediate_size=64, max_position_embeddings=66, pad_token_id=1, **shape)
+        ),
+        "gpt2": lambda: GPT2Model(GPT2Config(vocab_size=words, n_embd=32, n_layer=2, n_head=2, n_positions=64)),
+        "llama": lambda: LlamaModel(
+            LlamaConfig(vocab_size=words, intermediate_size=64, num_key_value_heads=2, **shape)
+        ),
+    }
+    folders = {"bert": tiny_model}
+
+    def give(kind: str) -> Path:
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp(f"tiny-{kind}")
+            tokenizer.save_pretrained(folders[kind])
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                makers[kind]().save_pretrained(folders[kind])
+        return folders[kind]
+
+    return give

@@ -1,0 +1,97 @@
+"""Each limit of a site's policy, at the site, against its own ledger."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from client.privacy import policy
+from client.privacy.policy import Policy
+from shared import plan
+from shared.errors import MoonflowerError, PolicyError
+from shared.plan import DatasetCard
+from shared.run_config import RunConfig
+
+CARD = DatasetCard("notes", 100, 0.2)
+
+
+def check(limits: dict[str, Any], config: RunConfig) -> None:
+    own = Policy.model_validate({"max_epsilon": 50.0, "delta": 1e-3} | limits)
+    policy.check(own, config, plan.make(config, CARD), "notes")
+
+
+@pytest.mark.parametrize(
+    ("limits", "changes", "said"),
+    [
+        ({"models": ["pypi:*"]}, {}, r"model.name=.*\['pypi:\*'\].*\[policy\] models"),
+        ({"tasks": ["translation"]}, {}, r"task.name='text-classification'.*\[policy\] tasks"),
+        ({"max_run_epsilon": 7.5}, {}, r"privacy.epsilon=8 is above this site's limit of 7.5 .*max_run_epsilon"),
+        ({"delta": 1e-4}, {}, r"privacy.delta=0.001 is above this site's limit of 0.0001 .*\[policy\] delta"),
+        ({"min_noise_multiplier": 3.0}, {}, r"noise multiplier of .* below this site's least of 3 .*min_noise_mult"),
+        ({}, {"privacy": {"epsilon": float("inf")}}, r"epsilon=inf is no privacy.*allow_non_private"),
+        ({}, {"training": {"clipping_norm": 1e-7}}, r"training.clipping_norm=1e-07 is outside"),
+        ({}, {"training": {"clipping_norm": 1e7}}, r"training.clipping_norm=1e\+07 is outside"),
+    ],
+)
+def test_each_limit_refuses_alone_and_names_itself(
+    new_config: Callable[..., RunConfig], limits: dict[str, Any], changes: dict[str, Any], said: str
+) -> None:
+    check({}, new_config())
+    with pytest.raises(PolicyError, match=said) as refused:
+        check(limits, new_config(**changes))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_limit_that_is_just_met_does_not_refuse(new_config: Callable[..., RunConfig]) -> None:
+    noise = plan.make(new_config(), CARD).phases["training"].noise_multiplier
+    check({"max_run_epsilon": 8.0, "delta": 1e-3, "min_noise_multiplier": noise}, new_config())
+
+
+def test_the_phase_with_the_least_noise_and_the_evaluation_are_looked_at(new_config: Callable[..., RunConfig]) -> None:
+    warm = {"rounds": 1, "sampling_rate": 0.5, "noise_ratio": 0.5}
+    config = new_config(warm_start=warm)
+    phases = plan.make(config, CARD).phases
+    assert phases["warm_start"].noise_multiplier < 0.6 < phases["training"].noise_multiplier
+    with pytest.raises(PolicyError, match="below this site's least"):
+        check({"min_noise_multiplier": 0.6}, config)
+    config = new_config(training={"sampling_rate": 1.0, "rounds": 1, "local_steps": 40}, evaluation={"every": 1})
+    made = plan.make(config, CARD)
+    between = (made.evaluation_noise + made.phases["training"].noise_multiplier) / 2
+    assert made.evaluation_noise < between
+    with pytest.raises(PolicyError, match="below this site's least"):
+        check({"min_noise_multiplier": between}, config)
+
+
+def test_a_pattern_of_models_is_not_left_by_dots(new_config: Callable[..., RunConfig], tiny_model: Any) -> None:
+    aside = f"{tiny_model}/../{tiny_model.name}"
+    check({"models": [f"{tiny_model}*"]}, new_config())
+    with pytest.raises(PolicyError, match="not among this site's models"):
+        check({"models": [f"{tiny_model}*"]}, new_config(model={"name": aside}))
+
+
+def test_a_site_that_allows_no_privacy_lets_such_a_run_through(new_config: Callable[..., RunConfig]) -> None:
+    check({"allow_non_private": True}, new_config(privacy={"epsilon": float("inf")}))
+    with pytest.raises(PolicyError, match="max_run_epsilon"):
+        check({"allow_non_private": True, "max_run_epsilon": 1.0}, new_config())
+
+
+@pytest.mark.parametrize(
+    ("limits", "changes"),
+    [
+        ({"models": ["pypi:*"]}, {}),
+        ({"max_run_epsilon": 1.0}, {}),
+        ({"min_noise_multiplier": 3.0}, {}),
+        ({"max_epsilon": 1.0}, {}),
+        ({}, {"task": {"labels": ["bad", "worse"]}}),
+    ],
+)
+def test_what_the_policy_forbids_is_refused_before_any_record_is_touched(
+    new_desk: Callable[..., Any], limits: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    desk = new_desk(site={"policy": limits}, config=changes)
+    desk.site.dataset.path.unlink()  # whoever read a record would fail otherwise
+    for ask in (desk.join, desk.train, desk.evaluate):
+        with pytest.raises(MoonflowerError) as refused:
+            ask()
+        assert isinstance(refused.value, PolicyError) or "task.labels" in str(refused.value)
+    assert desk.spent() == 0
