@@ -3,7 +3,9 @@
 One model serves every site of a process: a site's turn only sets the trainable arrays.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from threading import RLock
 
 from torch import Tensor
@@ -30,6 +32,10 @@ class Resident:
     _model: tuple[str, LoadedModel] | None = None
     _parts: dict[str, Parts] = field(default_factory=dict)
     _features: FeatureCache = field(default_factory=FeatureCache)
+
+    def __reduce__(self) -> tuple[Callable[[], "Resident"], tuple[()]]:
+        """Pickle as the receiving process's own: Ray unpickles the ClientApp anew for each message."""
+        return of_this_process, ()
 
     def model(self, config: RunConfig, device: str) -> LoadedModel:
         """Return the run's model on `device`; loading another one drops what was kept."""
@@ -79,3 +85,9 @@ class Resident:
             encoder,
             lambda: features(model.module, examples, config.hardware),
         )
+
+
+@cache
+def of_this_process() -> Resident:
+    """Return the warm state that all unpickled ClientApps of this process share."""
+    return Resident()
