@@ -87,8 +87,12 @@ class Federation:
         return ask(self.home / "history.db", query, *values)
 
     def newest_run(self) -> str:
-        found = wait_for(lambda: self.asked("SELECT id FROM runs ORDER BY created_at DESC LIMIT 1"), "a run")
-        return str(found[0][0])
+        def look() -> list[tuple[Any, ...]]:
+            for process in self.processes:
+                assert not process.poll(), process.communicate()
+            return self.asked("SELECT id FROM runs ORDER BY created_at DESC LIMIT 1")
+
+        return str(wait_for(look, "run")[0][0])
 
     def committed(self, run: str) -> int:
         """The last round that the history has; 0 before the first."""

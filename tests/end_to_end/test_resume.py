@@ -137,20 +137,28 @@ def test_a_run_killed_thirty_times_at_random_ends_as_if_it_had_not_been(federati
     source = random.Random(seed)  # noqa: S311 - when to kill
     process = federation.start("simulate", federation.scenario, "--rounds", str(MANY_ROUNDS))
     run = federation.newest_run()
-    for kill in range(MANY_KILLS):
-        if source.random() < 0.8:  # else while it still loads
-            before = len(federation.attempts(run))
-            wanted = max(before, 1) if kill == 0 else before
-            federation.wait_for(lambda wanted=wanted: len(federation.attempts(run)) >= wanted, "attempt")
-        time.sleep(source.uniform(0, 6))
+    killed = {"loading": 0, "joining": 0, "in a round": 0}
+    begun = 0
+    for _ in range(MANY_KILLS):
+        where = source.choices(list(killed), weights=(1, 2, 7))[0]
+        killed[where] += 1
+        if where != "loading":
+            federation.wait_for(lambda begun=begun: len(federation.attempts(run)) > begun, "attempt")
+        if where == "in a round":
+            rounds = federation.committed(run) + source.randrange(1, 3)
+            federation.wait_for(lambda rounds=rounds: federation.committed(run) >= rounds, "round")
+        time.sleep(source.uniform(0, {"loading": 5.0, "joining": 1.5, "in a round": 0.5}[where]))
         assert process.poll() is None, process.communicate()
         process.kill()
         process.communicate()
+        begun = len(federation.attempts(run))
         process = federation.start("simulate", "--resume", run)
     _, said = process.communicate(timeout=10 * PATIENCE)
     assert process.returncode == 0, said
     *lost, last = [outcome for outcome, _ in federation.attempts(run)]
     assert set(lost) == {"lost"}
     assert last == "completed"
-    print(f"{MANY_KILLS} kills, {len(lost) + 1} attempts, {MANY_ROUNDS} rounds")  # noqa: T201
     federation.assert_finished_and_accounted_for(run, rounds=MANY_ROUNDS)
+    resumed_in = federation.asked("SELECT count(DISTINCT attempt) FROM rounds WHERE run_id = ?", run)[0][0]
+    spends = {site: len(federation.spends(run, site)) for site in SITES}
+    print(f"killed {killed}: {len(lost) + 1} attempts, {resumed_in} of them with rounds; spends {spends}")  # noqa: T201
