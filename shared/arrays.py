@@ -46,7 +46,7 @@ def digest(arrays: Mapping[str, npt.NDArray[np.float32]]) -> str:
     """SHA-256 over names, shapes and little-endian values, in the order of the names; hexadecimal."""
     state = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name], dtype="<f4")
+        array = np.asarray(arrays[name], dtype="<f4", order="C")
         state.update(f"{name}\0{array.shape}\0".encode())
         state.update(array.data)
     return state.hexdigest()

@@ -255,10 +255,10 @@ def explain(error: ValidationError, source: str) -> str:
 
 
 LIMITS = {  # kind of fault -> what the value must be, from the limits that pydantic names
-    "greater_than": "must be above {gt:g}",
-    "greater_than_equal": "must be at least {ge:g}",
-    "less_than": "must be below {lt:g}",
-    "less_than_equal": "must be at most {le:g}",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
     "finite_number": "must be finite",
     "int_type": "must be a whole number",
     "float_type": "must be a number",
@@ -277,7 +277,8 @@ SHOWN = 80  # characters of a value
 
 def _fault(fault: ErrorDetails) -> str:
     where = ".".join(str(step) for step in fault["loc"])
-    value, limits = repr(fault["input"]), fault.get("ctx", {})
+    value = repr(fault["input"])
+    limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in fault.get("ctx", {}).items()}
     value = value if len(value) <= SHOWN else value[:SHOWN] + "..."
     match fault["type"]:
         case "extra_forbidden":

@@ -101,9 +101,10 @@ def override(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise ConfigError(f"--set {text!r} is not KEY=VALUE, as in --set training.learning_rate=1e-3.")
     try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+        read = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
-        return key.strip(), value
+        read = {}
+    return key.strip(), read["value"] if len(read) == 1 else value
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
