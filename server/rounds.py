@@ -302,7 +302,8 @@ def run(job: Job, grid: Grid, history: History, observer: Observer, *, engine: s
             checkpoints.prune(job.checkpoints, newest, before=played.started_at)
     except BaseException as error:
         outcome: Literal["stopped", "failed"] = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-        history.end_attempt(job.run, attempt.number, outcome, str(error) or type(error).__name__)
+        reason = "interrupted by a person or a signal" if outcome == "stopped" else str(error) or type(error).__name__
+        history.end_attempt(job.run, attempt.number, outcome, reason)
         history.finish_run(job.run, outcome, attempt=attempt.number)
         raise
     history.end_attempt(job.run, attempt.number, "completed")
