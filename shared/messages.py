@@ -216,7 +216,11 @@ def from_bytes(data: bytes, *kinds: type[M]) -> M:
             if slash:
                 arguments.setdefault(item, {})[name] = kept[key]
     name = arguments.pop("message")
-    return next(kind for kind in kinds if kind.__name__ == name)(**arguments)
+    kind = next(kind for kind in kinds if kind.__name__ == name)
+    for item, hint in get_type_hints(kind).items():
+        if hint == Arrays:
+            arguments.setdefault(item, {})
+    return kind(**arguments)
 
 
 def size(message: Message) -> int:

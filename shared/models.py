@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -100,9 +101,7 @@ def load(config: RunConfig) -> LoadedModel:
         if not torch.cuda.is_available() and config.task.max_length <= SHORT:
             settings._attn_implementation = "eager"
         tokenizer = _from_pretrained(AutoTokenizer, folder, config.model.name)
-        encoder = _from_pretrained(
-            AutoModel, folder, config.model.name, config=settings, dtype=torch.float32, use_safetensors=True
-        )
+        encoder = _encoder(folder, config.model.name, settings)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # the head pools by itself; an unused parameter would get no gradient
     with torch.random.fork_rng(devices=[]):
@@ -242,8 +241,19 @@ def weights_digest(folder: Path) -> str:
 def _from_pretrained(kind: Any, folder: str, name: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(folder, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.name={name!r} cannot be loaded: {_first_line(error)}") from None
+
+
+def _encoder(folder: str, name: str, settings: Any) -> Any:
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    encoder, found = _from_pretrained(AutoModel, folder, name, config=settings, **options)
+    missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
+    if missing:  # transformers would draw them at random
+        raise ModelError(
+            f"model.name={name!r} lacks weights: {missing[0]!r} and {len(missing) - 1} more are not in its file."
+        )
+    return encoder
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,211 @@
+"""The one list of what crosses the network: every field marked, nothing else sent, nothing else read."""
+
+import inspect
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from shared import messages
+from shared.arrays import Arrays
+from shared.messages import (
+    REPLIES,
+    REQUESTS,
+    EvaluateReply,
+    EvaluateRequest,
+    JoinReply,
+    JoinRequest,
+    MessageError,
+    Refusal,
+    TrainReply,
+    TrainRequest,
+    from_bytes,
+    from_record,
+    to_bytes,
+    to_record,
+)
+
+ARRAYS = {"head.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "encoder/odd name.npy": np.float32([math.pi])}
+SAMPLES: list[Any] = [
+    JoinRequest("run", "{}", "c0ffee", "{}"),
+    TrainRequest("run", "{}", 1, ARRAYS),
+    EvaluateRequest("run", "{}", 1, ARRAYS),
+    JoinReply("clinic", "notes", 1200, 0.1),
+    TrainReply("clinic", 3, ARRAYS, 0.5, 1.25, 2, math.inf),
+    EvaluateReply("clinic", 3, {"counts": np.zeros((2, 2, 4), np.float32)}, 0.0, 0.5),
+    Refusal("clinic", "refused", "no."),
+]
+
+names = st.text(min_size=1, max_size=20).filter(lambda name: name.isprintable())
+arrays = st.dictionaries(
+    names, npst.arrays(np.float32, npst.array_shapes(max_dims=3, max_side=4), elements=st.floats(width=32)), max_size=3
+)
+
+
+def same(first: Any, second: Any) -> bool:
+    if type(first) is not type(second):
+        return False
+    for item in fields(first):
+        one, other = getattr(first, item.name), getattr(second, item.name)
+        if isinstance(one, dict):
+            if one.keys() != other.keys() or any(one[k].tobytes() != other[k].tobytes() for k in one):
+                return False
+            if any(one[k].shape != other[k].shape or other[k].dtype != np.float32 for k in one):
+                return False
+        elif one != other or type(one) is not type(other):
+            return False
+    return True
+
+
+# -- what leaves a site ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+def test_every_field_of_a_reply_is_marked_public_or_released(reply: type[Any]) -> None:
+    marks = {item.name: item.metadata.get("leaves") for item in fields(reply)}
+    assert set(marks.values()) <= {"public", "released"}, marks
+
+
+def test_what_is_released_are_the_two_noised_arrays_and_all_arrays_are_released() -> None:
+    released = {(r.__name__, i.name) for r in REPLIES for i in fields(r) if i.metadata.get("leaves") == "released"}
+    held_in_arrays = {(r.__name__, i.name) for r in REPLIES for i in fields(r) if i.type in (Arrays, "Arrays")}
+    assert released == held_in_arrays == {("TrainReply", "update"), ("EvaluateReply", "histogram")}
+
+
+def test_the_fields_that_leave_a_site_are_these_and_a_new_one_is_a_decision() -> None:
+    assert {reply.__name__: [item.name for item in fields(reply)] for reply in REPLIES} == {
+        "JoinReply": ["site", "dataset", "records", "validation"],
+        "TrainReply": ["site", "round", "update", "sampling_rate", "noise_multiplier", "steps", "epsilon"],
+        "EvaluateReply": ["site", "round", "histogram", "noise_multiplier", "epsilon"],
+        "Refusal": ["site", "outcome", "reason"],
+    }
+
+
+def test_every_message_of_the_module_is_a_request_or_a_reply() -> None:
+    classes = {c for _, c in inspect.getmembers(messages, inspect.isclass) if c.__module__ == "shared.messages"}
+    assert classes == {*REPLIES, *REQUESTS.values(), MessageError}
+
+
+@pytest.mark.parametrize("message", SAMPLES, ids=lambda message: type(message).__name__)
+def test_the_record_holds_the_fields_and_the_name_and_nothing_else(message: Any) -> None:
+    record = to_record(message)
+    values = record.config_records["values"]
+    assert list(record.config_records) == ["values"]
+    assert set(record) == {"values"} | {i.name for i in fields(message) if isinstance(getattr(message, i.name), dict)}
+    assert set(values) | set(record) == {item.name for item in fields(message)} | {"values", "message"}
+    assert values["message"] == type(message).__name__
+    assert list(record.metric_records) == []
+
+
+# -- there and back ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("message", SAMPLES, ids=lambda message: type(message).__name__)
+def test_a_message_comes_back_as_it_went(message: Any) -> None:
+    assert same(from_record(to_record(message), type(message)), message)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    arrays,
+    st.integers(-(2**62), 2**62),
+    st.floats(allow_nan=False),
+    st.text().filter(lambda text: text.isprintable()),
+)
+def test_any_reply_survives_the_network_and_the_ledger(update: Any, number: int, value: float, text: str) -> None:
+    reply = TrainReply(text, number, update, value, value, number, value)
+    assert same(from_record(to_record(reply), *REPLIES), reply)
+    assert same(from_bytes(to_bytes(reply), TrainReply, EvaluateReply), reply)
+
+
+def test_kept_bytes_hold_no_objects_that_could_run_code() -> None:
+    data = to_bytes(SAMPLES[4]).replace(b"float32", b"float32")
+    with pytest.raises(ValueError, match="pickle"):
+        from_bytes(pickled(), TrainReply)
+    assert same(from_bytes(data, TrainReply), SAMPLES[4])
+
+
+def pickled() -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    np.savez(buffer, values=np.array({"code": 1}, dtype=object))
+    return buffer.getvalue()
+
+
+# -- what is not ours is not read ----------------------------------------------------------------------------------
+
+
+def changed(message: Any, /, **changes: Any) -> RecordDict:
+    """Return its record with values set, or taken away by None."""
+    record = to_record(message)
+    values = {name: value for name, value in {**record["values"], **changes}.items() if value is not None}
+    return RecordDict({**record, "values": ConfigRecord(values)})
+
+
+TRAIN = SAMPLES[1]
+NUMBER = ArrayRecord({"x": Array(np.zeros(2, np.float32))})
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (RecordDict(), "expected TrainRequest, received None"),
+        (to_record(SAMPLES[2]), "expected TrainRequest, received 'EvaluateRequest'"),
+        (changed(TRAIN, message="object"), "received 'object'"),
+        (changed(TRAIN, run=None), r"\['run'\] are missing or unknown"),
+        (changed(TRAIN, more=1), r"\['more'\] are missing or unknown"),
+        (RecordDict({**to_record(TRAIN), "more": NUMBER}), r"\['more'\] are missing or unknown"),
+        (RecordDict({**to_record(TRAIN), "metrics": ConfigRecord({})}), r"\['metrics'\] are missing or unknown"),
+        (changed(TRAIN, round="1"), "round is not a"),
+        (changed(TRAIN, round=1.0), "round is not a"),
+        (changed(TRAIN, round=True), "round is not a"),
+        (changed(TRAIN, run=1), "run is not a"),
+        (RecordDict({**changed(TRAIN, run=None), "run": NUMBER}), "run is not a"),
+        (RecordDict({"values": changed(TRAIN, arrays="none")["values"]}), "arrays is not a"),
+    ],
+)
+def test_a_record_that_is_not_the_message_is_refused(record: RecordDict, said: str) -> None:
+    with pytest.raises(MessageError, match=said):
+        from_record(record, TrainRequest)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int32", ">f4", "complex64", "bool"])
+def test_only_float32_travels(dtype: str) -> None:
+    other = ArrayRecord({"x": Array(np.zeros(2, dtype))})
+    with pytest.raises(MessageError, match="only float32 travels"):
+        from_record(RecordDict({**to_record(TRAIN), "arrays": other}), TrainRequest)
+
+
+# -- the digest of a question --------------------------------------------------------------------------------------
+
+
+def test_the_digest_changes_with_all_that_decides_the_answer_and_with_nothing_else() -> None:
+    first = messages.request_digest(TRAIN)
+    moved = {name: array.copy() for name, array in reversed(ARRAYS.items())}
+    assert messages.request_digest(replace(TRAIN, arrays=moved)) == first
+    nudged = {**ARRAYS, "head.weight": np.nextafter(ARRAYS["head.weight"], np.float32(9))}
+    reshaped = {**ARRAYS, "head.weight": ARRAYS["head.weight"].reshape(3, 2)}
+    renamed = {f"{name}x": array for name, array in ARRAYS.items()}
+    others = [
+        replace(TRAIN, run="other"),
+        replace(TRAIN, round=2),
+        replace(TRAIN, config="{ }"),
+        *(replace(TRAIN, arrays=value) for value in (nudged, reshaped, renamed, {})),
+        EvaluateRequest(TRAIN.run, TRAIN.config, TRAIN.round, TRAIN.arrays),
+    ]
+    digests = [messages.request_digest(request) for request in others]
+    assert len({first, *digests}) == 1 + len(others)
+
+
+def test_a_question_has_one_name_by_run_round_and_kind() -> None:
+    named = {
+        messages.request_id(run, number, kind) for run in "ab" for number in (1, 11) for kind in ("train", "evaluate")
+    }  # type: ignore[arg-type]
+    assert len(named) == 8
