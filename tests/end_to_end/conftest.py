@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,14 +125,14 @@ class Federation:
         """Look until something is there, and give it."""
         return wait_for(look, what)
 
-    def assert_finished_and_accounted_for(self, run: str, rounds: int = ROUNDS) -> None:
+    def assert_finished_and_accounted_for(self, run: str, rounds: int = ROUNDS, database: str = "") -> None:
         """Assert what holds of a finished run, whatever happened to its processes on the way.
 
         Every round is there once; each ledger has one spend for each release, and no other; the history says what
         the ledgers say; epsilon is what an accountant of our own makes of the ledgers' rows; the newest checkpoints are
         on the disk and whole.
         """
-        with History.open(self.database, create=False) as history:
+        with History.open(database or self.database, create=False) as history:
             status, private = history.run(run).status, history.run(run).private
             played, told = history.rounds(run), history.spends(run)
         assert status == "completed"
@@ -186,12 +187,12 @@ class LedgerRow:
 
 def epsilon(rows: list[LedgerRow], delta: float) -> float:
     """Compose a ledger's rows by privacy-loss distributions, with the library and none of our own code."""
-    accountant = PLDAccountant()
+    accountant = PLDAccountant(value_discretization_interval=1e-3)
+    steps: Counter[tuple[float, float]] = Counter()
     for row in rows:
-        step = dp_accounting.PoissonSampledDpEvent(
-            row.sampling_rate, dp_accounting.GaussianDpEvent(row.noise_multiplier)
-        )
-        accountant.compose(step, row.steps)
+        steps[row.sampling_rate, row.noise_multiplier] += row.steps
+    for (rate, noise), count in steps.items():
+        accountant.compose(dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise)), count)
     return float(accountant.get_epsilon(delta))
 
 
