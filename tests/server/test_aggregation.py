@@ -32,6 +32,17 @@ def test_the_order_of_arrival_changes_no_bit(data, unit):
     assert {name: array.tobytes() for name, array in one.items()} == {n: a.tobytes() for n, a in other.items()}
 
 
+def test_the_order_changes_no_bit_where_updates_cancel_and_only_roundings_would_be_left():
+    random = np.random.default_rng(5)
+    updates = [random.normal(0, 1, 20_000).astype(np.float32) for _ in range(6)]
+    updates += [-update for update in updates]
+    weights = [*random.uniform(0.1, 1, 6)] * 2
+    order = random.permutation(12)
+    one = folded([{"a": update} for update in updates], weights, 1.0)["a"]
+    other = folded([{"a": updates[i]} for i in order], [weights[i] for i in order], 1.0)["a"]
+    assert one.tobytes() == other.tobytes()
+
+
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
 def test_the_mean_is_that_of_float64_to_a_millionth(unit, size):
