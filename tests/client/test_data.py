@@ -139,3 +139,8 @@ def test_two_sites_get_keys_of_their_own(new_site: Callable[..., Site]) -> None:
         site.split_key.unlink()
         keys.add(split_key(site))
     assert len(keys) == 2
+
+
+def test_a_label_that_the_run_has_and_the_site_does_not_declare_is_at_fault_all_the_same(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="row 1: label 'good' is not one of the declared"):
+        read(tmp_path, json.dumps(ROW), labels=("bad",))
