@@ -17,6 +17,7 @@ from shared.messages import FLOWER_TYPES, Kind, MessageError, Refusal, from_reco
 
 R = TypeVar("R")
 POLL = 0.05  # seconds between looks for replies that are not there yet
+LONGEST = 500  # characters of Flower's own error that the history keeps: its first line, and no traceback
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _read(message: Message, node: int, expected: type[R], seconds: float, down: 
             node,
             "failed",
             None,
-            message.error.reason or f"Flower error {message.error.code}.",
+            (message.error.reason or "").partition("\n")[0][:LONGEST] or f"Flower error {message.error.code}.",
             seconds,
             down,
             0,

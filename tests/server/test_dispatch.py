@@ -89,8 +89,8 @@ def test_a_refusal_is_named_with_its_reason_and_a_failure_is_no_refusal():
     }
 
 
-def test_flowers_own_errors_are_failures_with_a_reason():
-    said = {1: Error(5, "node is gone"), 2: Error(3), 3: reply("c")}
+def test_flowers_own_errors_are_failures_with_a_reason_in_one_line():
+    said = {1: Error(5, "node is gone\nTraceback (most recent call last):\n  a record"), 2: Error(3), 3: reply("c")}
     answers = {a.node: (a.outcome, a.error) for a in train(Federation(said.get))}
     assert answers == {1: ("failed", "node is gone"), 2: ("failed", "Flower error 3."), 3: ("ok", None)}
 
