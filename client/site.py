@@ -5,7 +5,6 @@ Nothing here is decided by the coordinator, and nothing but the *public* declara
 
 import os
 import tempfile
-import tomllib
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +13,9 @@ import tomli_w
 from pydantic import Field
 
 from client.privacy.policy import Policy
-from shared.errors import ConfigError, DataError
+from shared.errors import DataError
 from shared.plan import DatasetCard
-from shared.run_config import NAME_PATTERN, Section, parse
+from shared.run_config import NAME_PATTERN, Section, parse, read_toml
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
@@ -63,13 +62,7 @@ def load(path: Path) -> Site:
     ConfigError
         Naming the file and the setting.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}.") from None
-    site = parse(Site, values, source=str(path))
+    site = parse(Site, read_toml(path), source=str(path))
     root = path.parent
     dataset = site.dataset.model_copy(update={"path": root / site.dataset.path})
     return site.model_copy(

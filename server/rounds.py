@@ -5,48 +5,31 @@ next attempt goes on after the last committed round; sites resend what they had 
 """
 
 import math
-import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from flwr.serverapp import Grid
 
-from server import checkpoints, optimization, selection
+from server import checkpoints, joining, optimization, selection
 from server.aggregation import Fold, UpdateError
 from server.dispatch import Answer, ask
 from server.evaluation import TestSet
 from server.history.records import Kind, Metric, Part, Participation, Round, Run, Spend
 from server.history.store import History
+from server.job import Job
 from server.observer import Observer
 from server.optimization import ServerState
 from shared import metrics, models
 from shared.errors import RunFailedError
-from shared.messages import EvaluateReply, EvaluateRequest, JoinReply, JoinRequest, TrainReply, TrainRequest
+from shared.messages import EvaluateReply, EvaluateRequest, JoinReply, TrainReply, TrainRequest
 from shared.models import LoadedModel
-from shared.run_config import NAME_PATTERN, RunConfig
 
 R = TypeVar("R")
-NAME = re.compile(NAME_PATTERN)
-JOIN_DEADLINE = 600.0  # seconds: a site reads and tokenises its data before it joins
-LATECOMERS = 60.0  # seconds to wait for a run's other sites once federation.min_sites are connected
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a coordinator needs to know of a run."""
-
-    run: str
-    config: RunConfig
-    checkpoints: Path
-    test_set: Path | None  # public test records, JSON lines
-    sites: int = 0  # how many there are, where it is known: they are waited for, beyond federation.min_sites
-    device: str = "auto"
 
 
 class Campaign:
@@ -61,64 +44,17 @@ class Campaign:
         self.sites: dict[int, JoinReply] = {}
         self.weights: dict[int, float] = {}
 
+    def join(self) -> None:
+        """Ask every node whether it takes part in the whole run."""
+        self.sites = joining.join(self.job, self.model, self.grid, self.history, self.observer)
+        self.weights = selection.weights(self.config, self.sites)
+
     def restore(self) -> tuple[int, ServerState]:
         """Return the last committed round's number and state; 0 and the start where there is none."""
         last = self.history.last_round(self.job.run)
         if last is None:
             return 0, optimization.start(self.model.arrays())
         return last.number, checkpoints.read(self.job.checkpoints, last.checkpoint.digest)
-
-    def join(self) -> None:
-        """Ask every node whether it takes part, before any work is done.
-
-        Raises
-        ------
-        RunFailedError
-            With the sites' reasons, where fewer than `federation.min_sites` join.
-        """
-        request = JoinRequest(
-            self.job.run, self.config.as_json(), self.model.base_digest, models.shapes(self.model.arrays())
-        )
-        reasons: list[str] = []
-        for answer in ask(self.grid, "join", self._nodes(), request, JoinReply, group="join", deadline=JOIN_DEADLINE):
-            error = answer.error
-            if answer.reply is not None:
-                error = _undeclarable(answer.reply)
-            if answer.reply is not None and error is None:
-                self.sites[answer.node] = answer.reply
-            else:
-                reasons.append(error or answer.outcome)
-                outcome = "failed" if answer.outcome == "ok" else answer.outcome
-                self.history.add_event(self.job.run, "warning", f"node {answer.node} did not join: {error}")
-                self.observer.answered(0, "join", f"node {answer.node}", outcome, error)
-        names = [reply.site for reply in self.sites.values()]
-        if len(set(names)) != len(names):
-            raise RunFailedError(
-                f"two nodes call themselves by one site's name: {sorted(names)}; give each its own name in site.toml."
-            )
-        if len(names) < self.config.federation.min_sites:
-            raise RunFailedError(
-                f"{len(names)} of the federation.min_sites={self.config.federation.min_sites} sites joined"
-                + (f"; {reasons[0]}" if reasons else ".")
-            )
-        self.weights = selection.weights(self.config, self.sites)
-
-    def _nodes(self) -> list[int]:
-        """Wait for the nodes that the run needs, and a little for the rest of its sites: a grid can be empty at first."""
-        least, started = self.config.federation.min_sites, time.monotonic()
-        while len(nodes := list(self.grid.get_node_ids())) < max(least, self.job.sites):
-            waited = time.monotonic() - started
-            if len(nodes) >= least and waited > LATECOMERS:
-                text = f"{len(nodes)} of the run's {self.job.sites} sites are connected; it goes on without the others."
-                self.history.add_event(self.job.run, "warning", text)
-                break
-            if waited > self.config.federation.deadline:
-                raise RunFailedError(
-                    f"{len(nodes)} of the federation.min_sites={self.config.federation.min_sites} sites are connected after "
-                    f"{self.config.federation.deadline:g} s; start them, then resume."
-                )
-            time.sleep(0.5)
-        return nodes
 
     def train(self, number: int, state: ServerState, seen: "Seen") -> ServerState:
         """Send the iterate out, fold the sites' updates in, and take the server's step."""
@@ -238,14 +174,6 @@ class Seen:
     participations: list[Participation]
     metrics: list[Metric]
     spends: list[Spend]
-
-
-def _undeclarable(reply: JoinReply) -> str | None:
-    """Say what is wrong with a site's declaration: it goes into the history, and onto screens."""
-    for setting, value in (("name", reply.site), ("dataset.id", reply.dataset)):
-        if not NAME.fullmatch(value):
-            return f"{setting}={value[:64]!r} is not a name; use {NAME.pattern} (site.toml)."
-    return None if reply.records >= 1 else f"dataset.records={reply.records} must be at least 1 (site.toml)."
 
 
 def _validation(counts: np.ndarray, noise: float, site: str | None) -> list[Metric]:

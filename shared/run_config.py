@@ -8,6 +8,8 @@ stand apart from those that change its speed (`micro_batch`, `precision`).
 import hashlib
 import json
 import math
+import tomllib
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -92,7 +94,7 @@ class Phase(Section):
     sites' mean update; with `adam` its size is normalised away, with `sgd` it is taken as it is.
     """
 
-    rounds: int = Field(ge=0)
+    rounds: int = Field(ge=0, le=100_000)
     batch_size: Count | None = None
     sampling_rate: Share | None = None
     local_steps: Count = 1
@@ -239,6 +241,16 @@ class RunConfig(Section):
     def digest(self) -> str:
         """SHA-256 of the canonical text, hexadecimal."""
         return hashlib.sha256(self.as_json().encode()).hexdigest()
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file, or raise one `ConfigError` line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}.") from None
 
 
 def parse(kind: type[T], values: dict[str, Any], *, source: str) -> T:

@@ -19,8 +19,8 @@ from client.answers import PARTS, open_ledger
 from client.privacy import policy
 from client.site import Dataset, Site
 from server import evaluation
-from server.app import RUN_FILE, TEST_FILE
 from server.history.store import History
+from server.job import RUN_FILE, TEST_FILE
 from shared import __version__, models, plan
 from shared.errors import ConfigError, DataError, NotFoundError, PolicyError
 from shared.paths import home

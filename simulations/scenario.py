@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from client.privacy.policy import Policy
 from client.site import Name
 from shared.errors import ConfigError
-from shared.run_config import RunConfig, Section, parse
+from shared.run_config import RunConfig, Section, parse, read_toml
 
 DEFAULT = "vader"
 
@@ -79,12 +79,7 @@ def load(name: str, overrides: dict[str, Any]) -> Scenario:
                 f"scenario {name!r} is not built in ({', '.join(known)}); name one of these or a .toml file."
             )
         path = Path(str(built_in))
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}.") from None
+    values = read_toml(path)
     for key, value in overrides.items():
         _put(values, key, value)
     scenario = parse(Scenario, values, source=path.name)

@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 
 import client.app
 import server.app
+import server.job
 from client import answers, site
 from client.app import site_from_context
 from client.site import Site
@@ -59,7 +60,7 @@ def test_every_message_of_a_run_holds_its_declared_fields_of_public_values_and_r
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=settings)
     server.app.build(Silent())(grid, context)
 
-    config = server.app.load_job(prepare.run_folder(run)).config
+    config = server.job.load(prepare.run_folder(run)).config
     seen = {kind.__name__: 0 for kind in REPLIES}
     for path, message in recorder.replies:
         assert not message.has_error()

@@ -1,8 +1,5 @@
-"""The ServerApp's wiring: a run's folder in, one line where it is none."""
+"""The ServerApp's wiring."""
 
-import json
-
-import pytest
 from flwr.app import Context, RecordDict
 
 from client.app import build as build_client
@@ -10,27 +7,10 @@ from client.app import site_from_context
 from server import app
 from server.history.store import History
 from server.observer import Log
-from shared.errors import ConfigError
 from simulations import prepare, scenario
 from simulations.grid import InProcessGrid
 
 SHORT = {"training.rounds": 1, "warm_start.rounds": 0, "refit.rounds": 0}
-
-
-@pytest.mark.parametrize(
-    "content", [None, "", "{", "[]", "3", "{}", '{"run": "a"}', '{"config": {}}'], ids=lambda text: repr(text)
-)
-def test_a_folder_that_holds_no_run_is_one_line_that_says_how_to_make_one(tmp_path, content):
-    if content is not None:
-        (tmp_path / "run.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"is not the folder of a run; make one with `moonflower simulate --prepare`"):
-        app.load_job(tmp_path)
-
-
-def test_a_configuration_of_another_version_names_its_settings(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"run": "a", "config": {"speed": 3}}))
-    with pytest.raises(ConfigError, match=r"run.json: .*unknown setting 'speed'"):
-        app.load_job(tmp_path)
 
 
 def test_the_app_plays_the_run_that_flowers_configuration_names(moonflower_home, tiny_scenario, caplog):

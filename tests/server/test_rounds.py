@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 import client.app
 from client.privacy.randomness import Keystream
-from server import app, checkpoints, rounds
+from server import checkpoints, job, rounds
 from server.history.store import History
 from server.observer import Log
 from shared import messages
@@ -81,8 +81,8 @@ class Federation:
         grid = InProcessGrid(
             (app_of or (lambda inner: inner))(honest), files if nodes is None else {n: files[n] for n in nodes}
         )
-        job = app.load_job(prepare.run_folder(self.run))
-        return rounds.run(job, grid, self.history, observer or Log(), engine="in-process")
+        found = job.load(prepare.run_folder(self.run))
+        return rounds.run(found, grid, self.history, observer or Log(), engine="in-process")
 
     def digests(self):
         return [item.checkpoint.digest for item in self.history.rounds(self.run)]
@@ -208,7 +208,7 @@ def test_a_run_killed_by_the_system_is_a_lost_attempt_and_goes_on_to_the_same_bi
 import hashlib, os, signal
 import client.app
 from client.privacy.randomness import Keystream
-from server import app, rounds
+from server import job, rounds
 from server.history.store import History
 from server.observer import Log
 from simulations import prepare
@@ -222,7 +222,7 @@ class Kill(Log):
 fixed = lambda name: Keystream(hashlib.sha256(name.partition("/")[2].encode()).digest())
 grid = InProcessGrid(client.app.build(client.app.site_from_context, fixed), prepare.site_files({killed.run!r}))
 with History.open({f"sqlite:///{killed.home / 'history.db'}"!r}) as history:
-    rounds.run(app.load_job(prepare.run_folder({killed.run!r})), grid, history, Kill(), engine="in-process")
+    rounds.run(job.load(prepare.run_folder({killed.run!r})), grid, history, Kill(), engine="in-process")
 """,
         encoding="utf-8",
     )

@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from client import data, site
-from server.app import load_job
 from server.history.store import History
+from server.job import load
 from shared.errors import ConfigError
 from shared.run_config import RunConfig
 from simulations import prepare, scenario
@@ -31,7 +31,7 @@ def test_a_run_is_laid_out_as_its_coordinator_and_its_sites_see_it(history, tiny
         for file in ("site.toml", "records.jsonl", "split.key")
     }
     assert own | {"run.json", "test.jsonl"} <= files
-    job = load_job(folder)
+    job = load(folder)
     assert (job.run, job.config, job.config.digest) == (run, read.run_config(), history.run(run).config_digest)
     entered = history.run(run)
     assert (entered.status, entered.rounds_planned, entered.private, entered.name) == ("pending", 5, True, "tiny")

@@ -1,0 +1,49 @@
+"""A run as its coordinator finds it on the disk: a folder.
+
+run.json      the run's id, its configuration, and how many sites it has
+test.jsonl    the public test set; optional
+checkpoints/  the server's state after each round
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.errors import ConfigError
+from shared.run_config import RunConfig, parse
+
+RUN_FILE, TEST_FILE, CHECKPOINTS = "run.json", "test.jsonl", "checkpoints"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a coordinator needs to know of a run."""
+
+    run: str
+    config: RunConfig
+    checkpoints: Path
+    test_set: Path | None  # public test records, JSON lines
+    sites: int = 0  # how many there are, where it is known: they are waited for, beyond federation.min_sites
+    device: str = "auto"
+
+
+def load(folder: Path) -> Job:
+    """Read a run's folder.
+
+    Raises
+    ------
+    ConfigError
+        Where it is not one.
+    """
+    try:
+        values = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        run, config_values = values["run"], values["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"run={str(folder)!r} is not the folder of a run; make one with `moonflower simulate --prepare` and pass its "
+            "path, as in: flwr run . --run-config 'run=\"PATH\"'."
+        ) from None
+    config = parse(RunConfig, config_values, source=str(folder / RUN_FILE))
+    test_set = folder / TEST_FILE
+    places = folder / CHECKPOINTS, test_set if test_set.exists() else None
+    return Job(run, config, *places, sites=int(values.get("sites", 0)))
