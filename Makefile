@@ -1,19 +1,23 @@
 # Everything runs in .venv, made at first use. PYTHON chooses the interpreter it is made with (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 export HF_HUB_OFFLINE ?= 1
 export FLWR_TELEMETRY_ENABLED = 0
 
-.PHONY: demo test test-slow check bench fmt clean
+.PHONY: demo test test-slow cover check bench fmt clean
 
 demo: .venv/installed  ## fine-tune across four sites with differential privacy, epsilon 8
 	$(BIN)/moonflower simulate
 
 test: .venv/developed  ## every test but the slow ones
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) --numprocesses 2 --dist worksteal -m "not slow"
 
 test-slow: .venv/developed  ## the slow tests: many kills, Flower's own engine
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
+
+cover: .venv/developed  ## the tests again, with branch coverage
+	$(PYTEST) --numprocesses 2 --dist worksteal -m "not slow" --cov --cov-report=term:skip-covered
 
 check: .venv/developed  ## format, lint, types, layers
 	$(BIN)/ruff format --check .

@@ -9,21 +9,25 @@ from torch import Tensor
 
 from client.privacy.randomness import Keystream
 from shared.models import LoadedModel
-from shared.run_config import RunConfig
 from shared.tasks.text_classification import Examples, collate
 
 LENGTHS = (4, 7, 3, 12)  # tokens; one is the number of records, where a batch is mistaken for a sequence
 TOGETHER = (((0, 2), 4), ((1, 3), 16))  # records and width: as wide as it is long, then padded past every length
 
 
-def examples(model: LoadedModel, config: RunConfig, randomness: Keystream) -> Examples:
-    """Return a record of each of `LENGTHS`, its tokens drawn from the whole vocabulary."""
-    vocabulary, labels = len(model.tokenizer), len(config.task.labels)
-    drawn = (randomness.uniform(length) * vocabulary for length in LENGTHS)
-    return Examples(
-        tuple(tuple(int(token) for token in tokens) for tokens in drawn),
-        tuple(number % labels for number in range(len(LENGTHS))),
-    )
+@torch.no_grad()
+def examples(model: LoadedModel, randomness: Keystream) -> Examples:
+    """Return a record of each of `LENGTHS`, its tokens drawn from the whole vocabulary.
+
+    Its label is the one that the model holds for the least likely: a model that is sure of a label has no gradient
+    there, and the probe would learn nothing.
+    """
+    drawn = (randomness.uniform(length) * len(model.tokenizer) for length in LENGTHS)
+    texts = Examples(tuple(tuple(int(token) for token in tokens) for tokens in drawn), (0,) * len(LENGTHS))
+    device = model.module.head.weight.device
+    batches = (collate(texts, (number,), device, length) for number, length in enumerate(LENGTHS))
+    logits = torch.cat([model.module(batch.input_ids, batch.attention_mask) for batch in batches])
+    return Examples(texts.tokens, tuple(logits.argmin(1).tolist()))
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ class Resident:
         """
         model = self.model(config, site.device)
         # Also where the features are kept: what is drawn from the stream must not depend on what is warm.
-        probe.check_features(*made_up.features(model, made_up.examples(model, config, randomness)))
+        probe.check_features(*made_up.features(model, made_up.examples(model, randomness)))
         encoder = arrays.digest({name: array for name, array in trained.items() if not name.startswith(HEAD)})
         return self._features.get(
             f"{part} {self._key(site)}",

@@ -45,7 +45,7 @@ class EncoderPass:
 
     def made_up(self, randomness: Keystream) -> tuple[list[tuple[Sequence[int], Forward]], list[Forward]]:
         """Made-up records for the probe: padded side by side, and each alone; float32."""
-        examples = made_up.examples(self._model, self._config, randomness)
+        examples = made_up.examples(self._model, randomness)
         together: list[tuple[Sequence[int], Forward]] = [
             (group, self._forward(examples, group, width, "float32")) for group, width in made_up.TOGETHER
         ]
@@ -57,7 +57,7 @@ class EncoderPass:
             batch = collate(examples, group, self._device, width)
             with autocast(self._device, precision):
                 logits = self._model.module(batch.input_ids, batch.attention_mask)
-            return nn.functional.cross_entropy(logits.float(), batch.labels, reduction="none")
+            return nn.functional.cross_entropy(logits.double(), batch.labels, reduction="none")
 
         return losses
 
@@ -67,6 +67,7 @@ class HeadPass:
 
     def __init__(self, model: LoadedModel, features: Tensor, labels: Sequence[int]) -> None:
         self.module: nn.Module = model.module.head
+        self._weight = model.module.head.weight
         self._features, self._labels = features, torch.tensor(labels, device=features.device)
 
     def groups(self, drawn: Sequence[int]) -> Iterator[tuple[Sequence[int], Forward]]:
@@ -80,12 +81,15 @@ class HeadPass:
         width = self._features.shape[1]
         features = torch.from_numpy(randomness.normal(4 * width).reshape(4, width)).float().to(self._features.device)
         features *= torch.tensor([[1.0], [0.1], [10.0], [1.0]], device=features.device)
-        labels = torch.tensor([0, 1, 0, 1], device=features.device)
+        with torch.no_grad():
+            labels = self.module(features).argmin(1)  # as in `client.made_up`
         together: list[tuple[Sequence[int], Forward]] = [(range(4), self._forward(features, labels))]
         return together, [self._forward(features[n : n + 1], labels[n : n + 1]) for n in range(4)]
 
     def _forward(self, features: Tensor, labels: Tensor) -> Forward:
-        return lambda: nn.functional.cross_entropy(self.module(features), labels, reduction="none")
+        return lambda: nn.functional.cross_entropy(
+            self.module(features.to(self._weight.dtype)).double(), labels, reduction="none"
+        )
 
 
 def train(
@@ -118,7 +122,7 @@ def train(
     clipping = Clipping(phase.clipping_norm, config.privacy.clipping)
     velocity = {parameter: torch.zeros_like(value) for parameter, value in parameters.items()}
     with PerRecordGradients(objective.module, parameters) as gradients:
-        probe.check(gradients, *objective.made_up(randomness))
+        probe.check(objective.module, gradients, *objective.made_up(randomness))
         for _ in range(steps.steps_per_round):
             total = ClippedSum(gradients, clipping)
             for group, forward in objective.groups(

@@ -47,7 +47,8 @@ class TextClassifier(nn.Module):
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return (B, hidden_size): the mean over each text's tokens, normalised; float32."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        hidden = hidden.to(self.head.weight.dtype)  # float32; double in the probe
         weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
         mean = (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
         return nn.functional.layer_norm(mean, mean.shape[-1:]) * self.feature_scale

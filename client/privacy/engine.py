@@ -39,12 +39,17 @@ class Clipping:
     mode: Literal["flat", "normalise"] = "flat"
 
     def factors(self, norms: Tensor) -> Tensor:
-        """Scale of each record (B,), from its gradient's norm (B,). A norm that is not finite gives 0."""
+        """Scale of each record (B,), from its gradient's norm (B,); 0 where the norm is not finite.
+
+        Nor does a record count whose scale would be subnormal: rounded to so few digits, it could lift the record
+        above the clipping norm.
+        """
         if self.mode == "flat":
             factors = (self.norm / (norms * (1 + SLACK))).clamp(max=1.0)
         else:
             factors = self.norm / (norms * (1 + SLACK) + 0.01 * self.norm)
-        return torch.where(torch.isfinite(norms), factors, torch.zeros_like(norms))
+        sound = torch.isfinite(norms) & (factors >= torch.finfo(factors.dtype).tiny)
+        return torch.where(sound, factors, torch.zeros_like(norms))
 
 
 class PerRecordGradients:

@@ -6,9 +6,11 @@ the engine's hooks. A difference means that the engine's gradients are not per r
 that a real record could count for more than the clipping norm: nothing is released.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from client.privacy.engine import ClippedSum, Clipping, Forward, PerRecordGradients
 from shared.errors import SensitivityError
@@ -18,34 +20,49 @@ FLOOR = 1e-2  # of the whole gradient: a parameter with less is compared on this
 
 
 def check(
-    gradients: PerRecordGradients, together: Sequence[tuple[Sequence[int], Forward]], alone: Sequence[Forward]
+    module: nn.Module,
+    gradients: PerRecordGradients,
+    together: Sequence[tuple[Sequence[int], Forward]],
+    alone: Sequence[Forward],
 ) -> None:
     """Compare the engine with the loop.
 
     Parameters
     ----------
+    module
+        The model's part that is trained. It computes in double meanwhile: float32 knows a sure prediction's gradient,
+        the little that 1 - p leaves, to few digits, and would refuse a right engine.
     gradients
-        The engine under test, attached to the model.
+        The engine under test, attached to `module`.
     together
         Batches: the numbers of the made-up records in each, and their losses.
     alone
         The loss (1,) of each made-up record by itself, unpadded.
 
-    The clipping norm is set in the middle of the made-up records' own norms, so that some are clipped and
-    some are not.
+    The clipping norm is half the largest of the made-up records' own norms, so that some are clipped, and a record
+    with a tiny gradient, known to few digits, stays tiny. Differences are measured beside what the records
+    contribute one by one: contributions that cancel in the sum leave their rounding behind.
 
     Raises
     ------
     SensitivityError
         Naming the parameter that differs, or the record's contribution.
     """
+    with _in_double(module):
+        _compare(gradients, together, alone)
+
+
+def _compare(
+    gradients: PerRecordGradients, together: Sequence[tuple[Sequence[int], Forward]], alone: Sequence[Forward]
+) -> None:
     singles = [_alone(gradients, forward) for forward in alone]
     norms = torch.stack([torch.stack([part.norm() for part in single.values()]).norm() for single in singles])
-    if not float(norms.max()) > 0:
+    finite = norms[torch.isfinite(norms)]  # the engine counts the others as zero, and so does the loop
+    if len(finite) and not float(finite.max()) > 0:
         raise SensitivityError(
             "the probe's made-up records have no gradient, so it can tell nothing; nothing is released."
         )
-    clipping = Clipping(max(float(norms.median()), 1e-12))
+    clipping = Clipping(float(finite.max()) / 2 if len(finite) else 1.0)
     factors = clipping.factors(norms)
     total = ClippedSum(gradients, clipping)
     for numbers, forward in together:
@@ -54,14 +71,15 @@ def check(
             raise SensitivityError(
                 f"the probe found a record that contributes {contributed:.4f} x the clipping norm; nothing is released."
             )
-    expected = {
-        name: torch.stack([single[name] * factor for single, factor in zip(singles, factors, strict=True)]).sum(0)
+    parts = {
+        name: [single[name] * factor for single, factor in zip(singles, factors, strict=True) if factor > 0]
         for name in gradients.parameters
     }
-    scale = max(float(torch.stack([value.norm() for value in expected.values()]).norm()), 1e-12)
-    # Beside each parameter's own gradient, so that a large one hides no small one; not below rounding's reach.
+    scales = {name: float(sum(part.norm() for part in each)) for name, each in parts.items()}
+    # Beside each parameter's own gradients, so that a large one hides no small one; not below rounding's reach.
+    least = max(FLOOR * max(scales.values()), 1e-12)
     gaps = {
-        name: float((value - expected[name]).norm()) / max(float(expected[name].norm()), FLOOR * scale)
+        name: float((value - sum(parts[name], torch.zeros_like(value))).norm()) / max(scales[name], least)
         for name, value in total.sums().items()
     }
     worst = max(gaps, key=lambda name: gaps[name])
@@ -89,6 +107,16 @@ def check_features(together: torch.Tensor, alone: torch.Tensor) -> None:
             f"the probe found that a record's features differ by {gap:.2g} (limit {TOLERANCE:g}) with the records beside it; "
             "nothing is released. Use another model."
         )
+
+
+@contextmanager
+def _in_double(module: nn.Module) -> Iterator[None]:
+    """Widen float32 parameters and buffers, and narrow them again: both lose nothing."""
+    module.double()
+    try:
+        yield
+    finally:
+        module.float()
 
 
 def _alone(gradients: PerRecordGradients, forward: Forward) -> dict[str, torch.Tensor]:

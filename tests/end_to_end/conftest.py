@@ -61,6 +61,7 @@ class Federation:
             text=True,
             env=self.environment,
             cwd=self.folder,
+            preexec_fn=hear_interrupts,
         )
         self.processes.append(process)
         return process
@@ -183,6 +184,11 @@ class LedgerRow:
     sampling_rate: float
     noise_multiplier: float
     steps: int
+
+
+def hear_interrupts() -> None:
+    """Undo what a shell does to its background jobs, which ignore Ctrl-C, and so would their children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def epsilon(rows: list[LedgerRow], delta: float) -> float:
