@@ -24,7 +24,13 @@ SUPERLINK = "moonflower"  # the connection's name in Flower's config.toml, as do
 
 @click.command()
 @click.argument("scenario", default="vader")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting; can be given again.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a setting; KEY= takes it out. Can be given again.",
+)
 @click.option("--epsilon", type=float, help="Short for --set privacy.epsilon=...; inf is without privacy.")
 @click.option("--rounds", type=int, help="Short for --set training.rounds=...")
 @click.option("--seed", type=int, help="Short for --set seed=...")
@@ -162,8 +168,13 @@ def _print_finished(run: "Run", history: "History", database: str, console: Cons
 
     console.print(_said(run, last), highlight=False, soft_wrap=True)
     console.print(_table(last))
-    console.print("ε: spent of the run's budget. noise: standard deviation over the clipping norm, in the last phase.")
-    console.print("validation accuracy: from a noised histogram, with the 95 % interval that the noise leaves.")
+    delta = run.config["privacy"]["delta"]
+    for legend in (
+        f"ε: spent of the run's budget, at δ = {delta:g}, by training and by validation records",
+        "noise: standard deviation over the clipping norm, in the last phase",
+        "valid. accuracy: from a noised histogram, with the 95 % interval that the noise leaves",
+    ):
+        console.print(legend, highlight=False, soft_wrap=True, style="dim")
     console.print(f"History: {masked(parse_url(database))}", highlight=False, soft_wrap=True)
     console.print("Next:", highlight=False)
     for command in (
@@ -184,7 +195,7 @@ def _said(run: "Run", last: "Round") -> str:
 
 def _table(last: "Round") -> Table:
     table = Table()
-    for name in ("site", "noise", "ε train", "ε validation", "δ", "validation accuracy"):
+    for name in ("site", "noise", "ε train", "ε valid.", "valid. accuracy"):
         table.add_column(name, no_wrap=True)
     spends = {(spend.site, spend.part): spend for spend in last.spends}
     for site in sorted({spend.site for spend in last.spends}):
@@ -195,10 +206,9 @@ def _table(last: "Round") -> Table:
             "–" if trained is None else f"{trained.noise_multiplier:.2f}",
             "–" if trained is None else _epsilon(trained.epsilon, trained.budget),
             "–" if validated is None else _epsilon(validated.epsilon, validated.budget),
-            "–" if trained is None else f"{trained.delta:g}",
             "–"
             if score is None
-            else f"{score.value:.3f}" + ("" if score.low is None else f" ({score.low:.3f} to {score.high:.3f})"),
+            else f"{score.value:.3f}" + ("" if score.low is None else f" ({score.low:.2f} to {score.high:.2f})"),
         )
     return table
 

@@ -91,7 +91,7 @@ def load(name: str, overrides: dict[str, Any]) -> Scenario:
 
 
 def override(text: str) -> tuple[str, Any]:
-    """Read `--set KEY=VALUE`; the value is TOML, or else the text itself."""
+    """Read `--set KEY=VALUE`; the value is TOML, or else the text itself. No value takes the setting out."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {text!r} is not KEY=VALUE, as in --set training.learning_rate=1e-3.")
@@ -109,4 +109,7 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
         at = at.setdefault(section, {})
         if not isinstance(at, dict):
             raise ConfigError(f"--set {key}: {section!r} is a value and not a section.")
-    at[last] = value
+    if value == "":
+        at.pop(last, None)
+    else:
+        at[last] = value

@@ -110,3 +110,8 @@ def test_an_unknown_name_is_answered_with_those_that_are_built_in(name):
         scenario.load(name, {})
     assert "vader" in str(error.value)
     assert str(error.value).isprintable()
+
+
+def test_a_setting_without_a_value_is_taken_out_so_that_another_can_stand_in_its_place():
+    phase = scenario.load("vader", {"training.sampling_rate": "", "training.batch_size": 200}).training
+    assert (phase.sampling_rate, phase.batch_size) == (None, 200)
