@@ -3,6 +3,7 @@
 import random
 import secrets
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
@@ -43,6 +44,16 @@ def committing(federation: Federation, run: str, number: int) -> bool:
     return bool(files - known) and done and len(federation.charged(run, number)) == len(SITES)
 
 
+def stands(place: Place, federation: Federation, run: str, number: int) -> bool:
+    """Look at a stopped process; one that stopped with a database's lock in its hand cannot be looked at."""
+    try:
+        return place(federation, run, number)
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error):
+            raise
+        return False
+
+
 def kill_at(federation: Federation, process: subprocess.Popen[str], run: str, place: Place) -> int:
     """Stop the process again and again until it stands at the place, then kill it; give the round."""
     until = time.monotonic() + PATIENCE
@@ -52,7 +63,7 @@ def kill_at(federation: Federation, process: subprocess.Popen[str], run: str, pl
         if number > 1 and place(federation, run, number):
             process.send_signal(signal.SIGSTOP)
             time.sleep(0.01)
-            if place(federation, run, number):  # still: it can no longer move
+            if stands(place, federation, run, number):  # still: it can no longer move
                 process.kill()
                 process.wait()
                 return number
