@@ -17,7 +17,7 @@ from client.answers import Randomness
 from client.privacy.randomness import Keystream
 from client.resident import Resident
 from client.site import Site
-from shared.errors import ConfigError, MoonflowerError, RefusedError
+from shared.errors import ConfigError, MoonflowerError, RefusedError, let_interrupts_through
 from shared.messages import REQUESTS, Kind, Refusal, from_record, to_record
 
 log = logging.getLogger("moonflower.site")
@@ -44,9 +44,11 @@ def build(site_of: SiteOf, randomness: Randomness = lambda _: Keystream.from_sys
             request: Any = from_record(message.content, REQUESTS[kind])
             reply: Any = answers.answer(resident, own, kind, request, randomness)
         except MoonflowerError as error:
+            let_interrupts_through(error)
             log.warning("%s: %s request not answered: %s", name, kind, error)
             reply = refusal(name, error)
-        except Exception:  # Flower would send its text
+        except Exception as error:  # Flower would send its text
+            let_interrupts_through(error)
             log.exception("%s: %s request failed", name, kind)
             reply = Refusal(name, "failed", "the site failed; its own log says why.")
         return Message(to_record(reply), reply_to=message)

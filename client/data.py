@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from client.site import Dataset
-from shared.errors import DataError
+from shared.errors import DataError, let_interrupts_through
 from shared.run_config import Task
 from shared.tasks.text_classification import NO_TOKENS, Examples, tokenise
 
@@ -107,7 +107,8 @@ def load(dataset: Dataset, task: Task, key: bytes, tokenizer: PreTrainedTokenize
         texts, labels = [record.text for record in records], [record.label for record in records]
         try:
             return tokenise(tokenizer, texts, labels, task.max_length)
-        except Exception:  # one text that the tokenizer cannot take: nobody outside may notice
+        except Exception as error:  # one text that the tokenizer cannot take: nobody outside may notice
+            let_interrupts_through(error)
             return _one_by_one(tokenizer, texts, labels, task.max_length)
 
     return Parts(examples(parts[False]), examples(parts[True]))
@@ -124,7 +125,8 @@ def _one_by_one(
     for text, label in zip(texts, labels, strict=True):
         try:
             found += tokenise(tokenizer, [text], [label], max_length).tokens
-        except Exception:
+        except Exception as error:
+            let_interrupts_through(error)
             found.append(NO_TOKENS)
     log.warning("the tokenizer cannot take %d of %d texts", found.count(NO_TOKENS), len(texts))
     return Examples(tuple(found), tuple(labels))

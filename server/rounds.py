@@ -25,7 +25,7 @@ from server.job import Job
 from server.observer import Observer
 from server.optimization import ServerState
 from shared import metrics, models
-from shared.errors import RunFailedError
+from shared.errors import RunFailedError, interrupted
 from shared.messages import EvaluateReply, EvaluateRequest, JoinReply, TrainReply, TrainRequest
 from shared.models import LoadedModel
 
@@ -229,7 +229,7 @@ def run(job: Job, grid: Grid, history: History, observer: Observer, *, engine: s
             newest = set(kept[-job.config.federation.keep_checkpoints :])
             checkpoints.prune(job.checkpoints, newest, before=played.started_at)
     except BaseException as error:
-        outcome: Literal["stopped", "failed"] = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        outcome: Literal["stopped", "failed"] = "stopped" if interrupted(error) else "failed"
         reason = "interrupted by a person or a signal" if outcome == "stopped" else str(error) or type(error).__name__
         history.end_attempt(job.run, attempt.number, outcome, reason)
         history.finish_run(job.run, outcome, attempt=attempt.number)

@@ -6,7 +6,7 @@ from importlib import import_module
 import click
 
 from shared import __version__
-from shared.errors import MoonflowerError
+from shared.errors import MoonflowerError, interrupted
 
 COMMANDS = {
     "simulate": "simulations.cli:simulate",
@@ -66,6 +66,11 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         sys.exit(130)
-    except MoonflowerError as error:
+    except Exception as error:
+        if interrupted(error):
+            click.echo("Interrupted.", err=True)
+            sys.exit(130)
+        if not isinstance(error, MoonflowerError):
+            raise
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)

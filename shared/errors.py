@@ -64,3 +64,24 @@ class RetryError(RefusedError):
 
 class SensitivityError(RefusedError):
     """The probe found that a record could contribute more than the clipping norm."""
+
+
+def interrupted(error: BaseException | None) -> bool:
+    """Whether an error is a person's interrupt, or what a library made of one that struck inside it."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def let_interrupts_through(error: BaseException) -> None:
+    """Go on with an interrupt that struck inside a library: for wherever every other error is answered.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        Where `error` stems from one.
+    """
+    if interrupted(error):
+        raise KeyboardInterrupt from error

@@ -16,7 +16,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from shared.arrays import Arrays, digest
-from shared.errors import MoonflowerError
+from shared.errors import MoonflowerError, let_interrupts_through
 
 M = TypeVar("M")
 
@@ -165,6 +165,7 @@ def _float32(name: str, array: Array) -> np.ndarray[Any, np.dtype[np.float32]]:
     try:
         values = array.numpy()
     except Exception as error:  # whatever numpy makes of another's bytes
+        let_interrupts_through(error)
         raise MessageError(f"array {name!r} cannot be read: {type(error).__name__}.") from None
     if not isinstance(values, np.ndarray):
         raise MessageError(f"array {name!r} is no array.")

@@ -16,6 +16,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from shared.errors import let_interrupts_through
+
 log = logging.getLogger("moonflower.simulation")
 
 
@@ -81,5 +83,6 @@ class InProcessGrid(Grid):
         try:
             return self._app(message=message, context=self._contexts[message.metadata.dst_node_id])
         except Exception as error:  # as a SuperNode does: a fault of one site is that site's error reply
+            let_interrupts_through(error)
             log.exception("the ClientApp of node %d failed", message.metadata.dst_node_id)
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__), reply_to=message)
