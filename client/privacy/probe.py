@@ -15,7 +15,7 @@ from torch import nn
 from client.privacy.engine import ClippedSum, Clipping, Forward, PerRecordGradients
 from shared.errors import SensitivityError
 
-TOLERANCE = 1e-4  # relative, float32
+TOLERANCE = 1e-4  # relative; the sums are float32
 FLOOR = 1e-2  # of the whole gradient: a parameter with less is compared on this scale
 
 

@@ -47,7 +47,7 @@ def test_the_probe_passes_again_and_again_where_the_engine_is_right(full: RunCon
 
 @pytest.mark.parametrize("factor", [30.0, 300.0])
 def test_the_probe_passes_where_the_model_is_sure_of_itself(lora: RunConfig, factor: float) -> None:
-    """In float32 the engine was refused here in one run of ten: a sure prediction leaves little of 1 - p."""
+    """In float32 the right engine was refused here in 2 to 8 of 60 probes: a sure prediction leaves little of 1 - p."""
 
     def be_sure(model: LoadedModel) -> None:
         with torch.no_grad():
