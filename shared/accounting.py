@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from scipy.special import gammaln, logsumexp
@@ -33,6 +33,8 @@ _NO_NOISE = 1e-6  # an epsilon beyond 10**11; smaller multipliers would overflow
 _SLACK = 1e-3  # calibration stops when this part of epsilon, at most, is left unspent
 _ORDERS: tuple[int, ...] = (*range(2, 65), *(1 << k for k in range(7, 15)))  # integers: positive sums
 
+Mechanism = Literal["gaussian", "discrete-gaussian"]
+
 
 @dataclass(frozen=True)
 class Release:
@@ -47,6 +49,8 @@ class Release:
         The noise's standard deviation over the clipping norm. 0 is no noise, hence no privacy.
     steps
         How many sums were released, at least 1.
+    mechanism
+        Which noise: "gaussian", on real numbers, or "discrete-gaussian", on whole ones.
 
     Raises
     ------
@@ -57,10 +61,12 @@ class Release:
     sampling_rate: float
     noise_multiplier: float
     steps: int
+    mechanism: Mechanism = "gaussian"
 
     def __post_init__(self) -> None:
         _check_rate(self.sampling_rate)
         _check_steps(self.steps)
+        _check_mechanism(self.mechanism)
         if not 0 <= self.noise_multiplier < math.inf:
             raise ConfigError(f"noise_multiplier={self.noise_multiplier} must be finite and at least 0.")
 
@@ -72,10 +78,12 @@ class PlannedSteps:
     sampling_rate: float
     steps: int
     noise_ratio: float = 1.0
+    mechanism: Mechanism = "gaussian"
 
     def __post_init__(self) -> None:
         _check_rate(self.sampling_rate)
         _check_steps(self.steps)
+        _check_mechanism(self.mechanism)
         if not 0 < self.noise_ratio < math.inf:
             raise ConfigError(f"noise_ratio={self.noise_ratio} must be finite and above 0.")
 
@@ -264,7 +272,7 @@ def _interval(groups: tuple[tuple[float, float, int], ...]) -> float:
 @lru_cache(maxsize=128)
 def _calibrated(steps: tuple[PlannedSteps, ...], target: float, delta: float) -> float:
     def excess(noise: float) -> float:  # log of spent over allowed: falls as the noise grows
-        plan = [Release(s.sampling_rate, noise * s.noise_ratio, s.steps) for s in steps]
+        plan = [Release(s.sampling_rate, noise * s.noise_ratio, s.steps, s.mechanism) for s in steps]
         return math.log(max(epsilon(plan, delta), target * 1e-3) / target)
 
     low = high = 1.0
@@ -311,6 +319,11 @@ def _check_rate(rate: float) -> None:
 def _check_steps(steps: int) -> None:
     if steps < 1:
         raise ConfigError(f"steps={steps} must be at least 1.")
+
+
+def _check_mechanism(mechanism: str) -> None:
+    if mechanism not in get_args(Mechanism):
+        raise ConfigError(f"mechanism={mechanism!r} must be one of {', '.join(get_args(Mechanism))}.")
 
 
 def _check_delta(delta: float) -> None:
