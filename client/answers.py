@@ -60,7 +60,7 @@ def answer(resident: Resident, site: Site, kind: Kind, request: Request, randomn
     config = _configuration(request)
     _check_labels(site, config)
     planned = plan.make(config, site.dataset.card())
-    policy.check(site.policy, config, planned, site.dataset.id)
+    policy.check(site.privacy, config, planned, site.dataset.id)
     with resident.turn, open_ledger(site) as ledger:
         if (known := ledger.state(request.run, "plan")) is not None:
             _same(known, _plan_digest(config, planned), request.run)
@@ -72,7 +72,7 @@ def answer(resident: Resident, site: Site, kind: Kind, request: Request, randomn
 def open_ledger(site: Site) -> Ledger:
     """Open the account of the site's dataset."""
     return Ledger.open(
-        site.ledger, dataset=site.dataset.id, delta=site.policy.delta, max_epsilon=site.policy.max_epsilon
+        site.ledger, dataset=site.dataset.id, delta=site.privacy.delta, max_epsilon=site.privacy.max_epsilon
     )
 
 
@@ -156,7 +156,7 @@ def _check_budget(site: Site, planned: SitePlan, run: str, part: Part, ledger: L
         spent[key] = spent.get(key, 0) - used
         if used < release.steps:
             left.append(Release(release.sampling_rate, release.noise_multiplier, release.steps - used))
-    ledger.check_plan(left, part, allow_unbounded=site.policy.allow_non_private)
+    ledger.check_plan(left, part, allow_unbounded=site.privacy.allow_non_private)
 
 
 def _release(
@@ -176,7 +176,7 @@ def _release(
     kept = ledger.recall(request.run, name, digest, request.round, kind)
     if kept is None:
         release = _planned_release(config, planned, request)
-        ledger.check_plan([release], part, allow_unbounded=site.policy.allow_non_private)
+        ledger.check_plan([release], part, allow_unbounded=site.privacy.allow_non_private)
         _check_shapes(resident.model(config, site.device), request.arrays)
         _same(ledger.pin(request.run, "plan", now := _plan_digest(config, planned)), now, request.run)
         _check_split(site, ledger)
@@ -206,7 +206,7 @@ def _release(
             release,
             messages.to_bytes(reply),
             None,
-            allow_unbounded=site.policy.allow_non_private,
+            allow_unbounded=site.privacy.allow_non_private,
         )
     return messages.from_bytes(kept, reply_kind)
 

@@ -7,10 +7,10 @@ import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tomli_w
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from client.privacy.policy import Policy
 from shared.errors import DataError
@@ -47,11 +47,18 @@ class Site(Section):
 
     name: Name  # public
     dataset: Dataset
-    policy: Policy
+    privacy: Policy
     ledger: Path = Field(Path("ledger.db"), strict=False)
     # Made at first use; decides for ever which records are validation.
     split_key: Path = Field(Path("split.key"), strict=False)
     device: str = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _privacy_was_policy(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "policy" in values:
+            raise ValueError("the section [policy] is now called [privacy]; rename it, its settings stay as they are")
+        return values
 
 
 def load(path: Path) -> Site:

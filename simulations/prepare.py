@@ -85,10 +85,10 @@ def prepare(scenario: Scenario, history: History) -> str:
 def _check_policy(site: Site, config: RunConfig, planned: SitePlan) -> None:
     """Refuse what the site will refuse, by its policy or its budget, before the run is entered."""
     try:
-        policy.check(site.policy, config, planned, site.dataset.id)
+        policy.check(site.privacy, config, planned, site.dataset.id)
         with open_ledger(site) as ledger:
             for part in PARTS:
-                ledger.check_plan(planned.releases(part), part, allow_unbounded=site.policy.allow_non_private)
+                ledger.check_plan(planned.releases(part), part, allow_unbounded=site.privacy.allow_non_private)
     except PolicyError as error:
         raise ConfigError(f"{error} In a simulation the scenario's [policy] sets the sites' limits.") from None
 
@@ -147,7 +147,7 @@ def _policy(scenario: Scenario) -> policy.Policy:
 
 def _site(scenario: Scenario, name: str, records: int, own: policy.Policy) -> Site:
     dataset = _dataset(scenario, name, records, Path("records.jsonl"))
-    return Site(name=name, dataset=dataset, policy=own, device="auto")
+    return Site(name=name, dataset=dataset, privacy=own, device="auto")
 
 
 def _dataset(scenario: Scenario, name: str, records: int, path: Path) -> Dataset:

@@ -96,7 +96,7 @@ class Ledger:
                     raise ConfigError(
                         f"delta={delta} and Rényi order={order or 'as before'} were asked for dataset "
                         f"{dataset!r}, whose account was opened with delta={first[0]} and order={first[1]}, "
-                        "for its whole life: set those again (site.toml, [policy] delta)."
+                        "for its whole life: set those again (site.toml, [privacy] delta)."
                     )
         except BaseException:
             connection.close()
@@ -170,7 +170,7 @@ class Ledger:
         Parameters
         ----------
         allow_unbounded
-            The site's [policy] allow_non_private: accept a release without noise, which makes the part's
+            The site's [privacy] allow_non_private: accept a release without noise, which makes the part's
             epsilon inf for ever, and whatever comes after one. Before that the filter holds all the same.
 
         Raises
@@ -278,13 +278,13 @@ class Ledger:
                 if math.isinf(spent)
                 else f"{what} has no noise: the epsilon {where} would be inf for ever"
             )
-            raise PolicyError(f"{reason} (site.toml, [policy] allow_non_private).")
+            raise PolicyError(f"{reason} (site.toml, [privacy] allow_non_private).")
         budget = accounting.rdp_budget(self.max_epsilon, self.delta, self.order)
         if spent + price > budget:
             now, then = (accounting.rdp_to_epsilon(r, self.order, self.delta) for r in (spent, spent + price))
             raise PolicyError(
                 f"{what} would take the lifetime epsilon {where} from {now:.3f} to {then:.3f}, above the "
-                f"limit of {self.max_epsilon:g} at delta={self.delta:g} (site.toml, [policy] max_epsilon). "
+                f"limit of {self.max_epsilon:g} at delta={self.delta:g} (site.toml, [privacy] max_epsilon). "
                 f"In the Rényi filter of order {self.order}, {spent:.4g} is spent, {price:.4g} asked and "
                 f"{max(budget - spent, 0.0):.4g} left."
             )

@@ -13,7 +13,7 @@ SMALLEST_NORM, LARGEST_NORM = 1e-6, 1e6  # of clipping: float32 squares underflo
 
 
 class Policy(Section):
-    """A site's limits, site.toml [policy].
+    """A site's limits, site.toml [privacy].
 
     `max_epsilon` bounds the dataset's whole life, over all runs, at `delta`; `max_run_epsilon` one run.
     """
@@ -38,17 +38,17 @@ def check(policy: Policy, config: RunConfig, plan: SitePlan, dataset: str) -> No
     privacy = config.privacy
     if ".." in config.model.name or not any(fnmatch(config.model.name, pattern) for pattern in policy.models):
         raise PolicyError(
-            f"model.name={config.model.name!r} is not among this site's models {list(policy.models)} (site.toml, [policy] models)."
+            f"model.name={config.model.name!r} is not among this site's models {list(policy.models)} (site.toml, [privacy] models)."
         )
     if not any(fnmatch(config.task.name, pattern) for pattern in policy.tasks):
         raise PolicyError(
-            f"task.name={config.task.name!r} is not among this site's tasks {list(policy.tasks)} (site.toml, [policy] tasks)."
+            f"task.name={config.task.name!r} is not among this site's tasks {list(policy.tasks)} (site.toml, [privacy] tasks)."
         )
     if not privacy.private:
         if not policy.allow_non_private:
             raise PolicyError(
                 f"privacy.epsilon=inf is no privacy, and this site requires it for dataset {dataset!r} "
-                "(site.toml, [policy] allow_non_private)."
+                "(site.toml, [privacy] allow_non_private)."
             )
         return
     for name, phase in config.phases.items():
@@ -60,17 +60,17 @@ def check(policy: Policy, config: RunConfig, plan: SitePlan, dataset: str) -> No
     if privacy.epsilon > policy.max_run_epsilon:
         raise PolicyError(
             f"privacy.epsilon={privacy.epsilon:g} is above this site's limit of {policy.max_run_epsilon:g} "
-            f"for dataset {dataset!r} (site.toml, [policy] max_run_epsilon)."
+            f"for dataset {dataset!r} (site.toml, [privacy] max_run_epsilon)."
         )
     if privacy.delta > policy.delta:
         raise PolicyError(
             f"privacy.delta={privacy.delta:g} is above this site's limit of {policy.delta:g} "
-            f"for dataset {dataset!r} (site.toml, [policy] delta)."
+            f"for dataset {dataset!r} (site.toml, [privacy] delta)."
         )
     noises = [phase.noise_multiplier for phase in plan.phases.values()] + [plan.evaluation_noise]
     lowest = min(noises)
     if not math.isfinite(lowest) or lowest < policy.min_noise_multiplier:
         raise PolicyError(
             f"the plan's noise multiplier of {lowest:.3f} is below this site's least of {policy.min_noise_multiplier:g} "
-            f"for dataset {dataset!r} (site.toml, [policy] min_noise_multiplier)."
+            f"for dataset {dataset!r} (site.toml, [privacy] min_noise_multiplier)."
         )

@@ -190,7 +190,7 @@ def test_a_runs_name_that_could_forge_a_log_line_or_an_id_is_refused(desk: Any, 
 
 
 def test_many_runs_are_held_by_the_datasets_one_budget(new_desk: Desks) -> None:
-    desk = new_desk(site={"policy": {"max_epsilon": 20.0}})
+    desk = new_desk(site={"privacy": {"max_epsilon": 20.0}})
     refused = ""
     while not refused and desk.spent() < 50:
         try:
@@ -476,7 +476,7 @@ def test_a_split_that_changes_stops_the_site(desk: Any, change: str) -> None:
 
 def test_a_run_without_privacy_says_so_everywhere(new_desk: Desks) -> None:
     desk = new_desk(
-        site={"policy": {"allow_non_private": True}}, config={"privacy": {"epsilon": math.inf}}, randomness=system
+        site={"privacy": {"allow_non_private": True}}, config={"privacy": {"epsilon": math.inf}}, randomness=system
     )
     train, evaluation = desk.train(), desk.evaluate()
     assert (train.epsilon, train.noise_multiplier) == (math.inf, 0.0)

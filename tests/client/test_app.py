@@ -190,7 +190,7 @@ def test_a_site_toml_at_fault_is_told_to_the_sites_log_and_to_nobody_else(
 
 
 def test_a_refusal_that_rests_on_public_values_says_why(new_desk: Callable[..., Any], send: Any) -> None:
-    desk = new_desk(site={"policy": {"max_run_epsilon": 1.0}})
+    desk = new_desk(site={"privacy": {"max_run_epsilon": 1.0}})
     for kind, record in requests(desk).items():
         assert "max_run_epsilon" in assert_refusal(send(desk.site, kind, record), "refused")
 

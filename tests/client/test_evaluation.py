@@ -15,7 +15,7 @@ from client.site import split_key
 from shared import metrics
 
 Desks = Callable[..., Any]
-OPEN = {"site": {"policy": {"allow_non_private": True}}, "config": {"privacy": {"epsilon": float("inf")}}}
+OPEN = {"site": {"privacy": {"allow_non_private": True}}, "config": {"privacy": {"epsilon": float("inf")}}}
 
 
 def system(_: str) -> Keystream:
@@ -74,7 +74,7 @@ def test_every_cell_carries_the_planned_noise_with_or_without_validation_records
 ) -> None:
     """4,000 cells a test: 2/3 and 3/2 of sigma are 30 deviations of the estimate away."""
     config = {"evaluation": {"confidence_bins": 100}, "training": {"rounds": 20}}
-    desk = new_desk(config=config, randomness=system, site={"policy": {"max_epsilon": 200.0}})
+    desk = new_desk(config=config, randomness=system, site={"privacy": {"max_epsilon": 200.0}})
     key = split_key(desk.site)
     if rows == "none":
         desk.write([row for row in new_rows(100) if not data.is_validation(row["id"], key, 0.2)])

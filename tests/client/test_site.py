@@ -16,7 +16,7 @@ id = "notes-2026"
 path = "records.jsonl"
 records = 1200
 labels = ["bad", "good"]
-[policy]
+[privacy]
 max_epsilon = 8.0
 """
 
@@ -30,9 +30,9 @@ def test_paths_are_relative_to_the_file_and_the_rest_has_cautious_defaults(tmp_p
     own = site.load(write(tmp_path, MINIMAL))
     assert own.dataset.path == tmp_path / "records.jsonl"
     assert (own.ledger, own.split_key) == (tmp_path / "ledger.db", tmp_path / "split.key")
-    assert own.policy.allow_non_private is False
-    assert own.policy.max_run_epsilon == 8.0
-    assert own.policy.delta == 1e-5
+    assert own.privacy.allow_non_private is False
+    assert own.privacy.max_run_epsilon == 8.0
+    assert own.privacy.delta == 1e-5
     assert own.dataset.card().train_records == 1080
     absolute = site.load(write(tmp_path, 'ledger = "/var/ledger.db"\n' + MINIMAL))
     assert absolute.ledger == Path("/var/ledger.db")
@@ -52,11 +52,12 @@ def test_what_is_saved_is_what_is_loaded(new_site: Callable[..., Site], tmp_path
         ("records = 1200", 'records = "1200"', "dataset.records="),
         ("records = 1200", "", "dataset.records is missing"),
         ('labels = ["bad", "good"]', "", "dataset.labels is missing"),
-        ("max_epsilon = 8.0", "", "policy.max_epsilon is missing"),
-        ("max_epsilon = 8.0", "max_epsilon = inf", "policy.max_epsilon="),
-        ("max_epsilon = 8.0", "max_epsilon = 0.0", "policy.max_epsilon="),
-        ("max_epsilon = 8.0", "max_epsilon = 8.0\nmax_epsillon = 9.0", "unknown setting 'policy.max_epsillon'"),
+        ("max_epsilon = 8.0", "", "privacy.max_epsilon is missing"),
+        ("max_epsilon = 8.0", "max_epsilon = inf", "privacy.max_epsilon="),
+        ("max_epsilon = 8.0", "max_epsilon = 0.0", "privacy.max_epsilon="),
+        ("max_epsilon = 8.0", "max_epsilon = 8.0\nmax_epsillon = 9.0", "unknown setting 'privacy.max_epsillon'"),
         ("max_epsilon = 8.0", "max_epsilon = ", "is not TOML"),
+        ("[privacy]", "[policy]", "the section [policy] is now called [privacy]; rename it"),
     ],
 )
 def test_a_setting_at_fault_is_named_in_one_line(tmp_path: Path, line: str, other: str, said: str) -> None:

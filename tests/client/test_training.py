@@ -17,7 +17,7 @@ from shared import models
 
 Desks = Callable[..., Any]
 ONCE = {"rounds": 3, "sampling_rate": 1.0, "local_steps": 1}
-OPEN = {"site": {"policy": {"allow_non_private": True}}}
+OPEN = {"site": {"privacy": {"allow_non_private": True}}}
 
 
 def system(_: str) -> Keystream:
@@ -78,7 +78,7 @@ def test_the_released_noise_is_sigma_times_the_norm_over_the_public_expected_bat
 
 def test_an_empty_sample_releases_noise_and_nothing_else(new_desk: Desks) -> None:
     rate = {"sampling_rate": 2e-3, "rounds": 3, "local_steps": 1, "clipping_norm": 0.5}
-    policy = {"policy": {"min_noise_multiplier": 0.01}}
+    policy = {"privacy": {"min_noise_multiplier": 0.01}}
     desk = new_desk(config={"model": {"trainable": "full"}, "training": rate}, site=policy)
     spies: list[Spy] = []
     desk.randomness = lambda _: spies.append(Spy()) or spies[-1]

@@ -11,7 +11,7 @@ from shared.messages import JoinReply
 from simulations.engine import Silent
 from simulations.progress import Live, line, size
 
-HOSTILE = "\x1b[31m[/red][bold] limit (site.toml, [policy] max_epsilon)\nnext"
+HOSTILE = "\x1b[31m[/red][bold] limit (site.toml, [privacy] max_epsilon)\nnext"
 
 
 def test_a_rounds_line_tells_scores_and_the_largest_sites_epsilon(new_round):
@@ -45,7 +45,7 @@ def test_a_sites_words_are_printed_whole_and_steer_no_terminal(new_round):
             live.answered(1, "train", "st-marys", "failed", HOSTILE)
             live.round_finished(new_round(1))
         printed = screen.getvalue()
-        assert printed.count("[/red][bold] limit (site.toml, [policy] max_epsilon)") == 2
+        assert printed.count("[/red][bold] limit (site.toml, [privacy] max_epsilon)") == 2
         assert "\x1b[31m" not in printed
         assert "round   1" in printed
 

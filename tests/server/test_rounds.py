@@ -240,10 +240,10 @@ def test_a_round_without_its_quorum_leaves_the_history_as_it_was_and_can_be_resu
 
     def silent_in_round_3(kind, node, record):
         if kind == "train" and node != 1 and said(record, TrainReply).round == 3:
-            return messages.to_record(Refusal(SITES[node - 1], "refused", "not today [policy]"))
+            return messages.to_record(Refusal(SITES[node - 1], "refused", "not today [privacy]"))
         return None
 
-    with pytest.raises(RunFailedError, match=r"round 3: 1 of the federation.min_sites=2 .* not today \[policy\]"):
+    with pytest.raises(RunFailedError, match=r"round 3: 1 of the federation.min_sites=2 .* not today \[privacy\]"):
         failed.play(app_of=tampered(silent_in_round_3))
     assert failed.digests() == whole.digests()[:2]
     assert {n for n, _ in failed.history.participations(failed.run)} == {1, 2}

@@ -50,7 +50,7 @@ def test_each_site_has_its_own_data_policy_ledger_and_split(history, tiny_scenar
         assert own.dataset.id == f"tiny.{own.name}"
         assert own.ledger.parent == own.dataset.path.parent == prepare.run_folder(run) / "sites" / own.name
         assert own.dataset.path.read_text() == (tiny_scenario.parent / f"{own.name}.jsonl").read_text()
-        assert not own.policy.allow_non_private
+        assert not own.privacy.allow_non_private
 
 
 def test_the_split_rests_on_its_own_seed_and_not_on_the_runs(history, tiny_scenario):
@@ -64,7 +64,7 @@ def test_the_split_rests_on_its_own_seed_and_not_on_the_runs(history, tiny_scena
 def test_sites_allow_no_privacy_only_where_the_scenario_asks_for_none(history, tiny_scenario):
     run = prepare.prepare(scenario.load(str(tiny_scenario), {"privacy.epsilon": float("inf")}), history)
     sites = [site.load(prepare.Path(str(node["site"]))) for node in prepare.site_files(run).values()]
-    assert all(own.policy.allow_non_private for own in sites)
+    assert all(own.privacy.allow_non_private for own in sites)
     assert history.run(run).private is False
 
 

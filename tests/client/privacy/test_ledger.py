@@ -174,7 +174,7 @@ def test_charges_stop_before_the_limit_and_the_error_says_what_is_left(path: Pat
         "'train'",
         "limit of 4 ",
         "delta=1e-05",
-        "[policy] max_epsilon",
+        "[privacy] max_epsilon",
         f"{price:.4g} asked",
         "left",
     ):

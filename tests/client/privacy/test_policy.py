@@ -23,10 +23,10 @@ def check(limits: dict[str, Any], config: RunConfig) -> None:
 @pytest.mark.parametrize(
     ("limits", "changes", "said"),
     [
-        ({"models": ["pypi:*"]}, {}, r"model.name=.*\['pypi:\*'\].*\[policy\] models"),
-        ({"tasks": ["translation"]}, {}, r"task.name='text-classification'.*\[policy\] tasks"),
+        ({"models": ["pypi:*"]}, {}, r"model.name=.*\['pypi:\*'\].*\[privacy\] models"),
+        ({"tasks": ["translation"]}, {}, r"task.name='text-classification'.*\[privacy\] tasks"),
         ({"max_run_epsilon": 7.5}, {}, r"privacy.epsilon=8 is above this site's limit of 7.5 .*max_run_epsilon"),
-        ({"delta": 1e-4}, {}, r"privacy.delta=0.001 is above this site's limit of 0.0001 .*\[policy\] delta"),
+        ({"delta": 1e-4}, {}, r"privacy.delta=0.001 is above this site's limit of 0.0001 .*\[privacy\] delta"),
         ({"min_noise_multiplier": 3.0}, {}, r"noise multiplier of .* below this site's least of 3 .*min_noise_mult"),
         ({}, {"privacy": {"epsilon": float("inf")}}, r"epsilon=inf is no privacy.*allow_non_private"),
         ({}, {"training": {"clipping_norm": 1e-7}}, r"training.clipping_norm=1e-07 is outside"),
@@ -88,7 +88,7 @@ def test_a_site_that_allows_no_privacy_lets_such_a_run_through(new_config: Calla
 def test_what_the_policy_forbids_is_refused_before_any_record_is_touched(
     new_desk: Callable[..., Any], limits: dict[str, Any], changes: dict[str, Any]
 ) -> None:
-    desk = new_desk(site={"policy": limits}, config=changes)
+    desk = new_desk(site={"privacy": limits}, config=changes)
     desk.site.dataset.path.unlink()  # whoever read a record would fail otherwise
     for ask in (desk.join, desk.train, desk.evaluate):
         with pytest.raises(MoonflowerError) as refused:
