@@ -13,12 +13,14 @@ COMMANDS = {
     "report": "server.report.cli:report",
     "history": "server.cli:history",
     "database": "server.cli:database",
+    "privacy": "server.privacy.cli:privacy",
 }
 HELP = {
     "simulate": "Fine-tune across virtual sites on this machine.",
     "report": "Write a run's report, one HTML file.",
     "history": "Show what runs did: rounds, scores, who took part, and privacy spent.",
     "database": "Look after the history's database.",
+    "privacy": "Plan a run's privacy, and state what a run guaranteed.",
 }
 
 
