@@ -146,8 +146,10 @@ class Privacy(Section):
 
 
 class Federation(Section):
-    """Who takes part in a round, how long it may take, and how replies are weighted."""
+    """Who asks, who takes part in a round, how long it may take, and how replies are weighted."""
 
+    # The coordinator's public name, which sites' policies may ask for: claimed here, authenticated by the transport.
+    coordinator: str = Field("coordinator", pattern=NAME_PATTERN)
     min_sites: Count = 1
     sites_per_round: Count | None = None  # None: all that joined
     deadline: Positive = 3600.0  # seconds for one round's replies

@@ -5,6 +5,7 @@
 A simulated site is born with its run: its data, its policy and its ledger lie in the run's folder.
 """
 
+import glob
 import hashlib
 import json
 import secrets
@@ -139,10 +140,13 @@ def _row(sentence: vader.Sentence) -> dict[str, Any]:
 
 
 def _policy(scenario: Scenario) -> policy.Policy:
-    """Return the sites' policy; a scenario that asks for no privacy makes sites that allow it."""
-    return (
-        scenario.policy if scenario.privacy.private else scenario.policy.model_copy(update={"allow_non_private": True})
-    )
+    """Return the sites' policy; what the scenario does not say of models or asks without privacy, its sites allow."""
+    allowed: dict[str, Any] = {}
+    if "models" not in scenario.policy.model_fields_set:
+        allowed["models"] = (glob.escape(scenario.model.name),)
+    if not scenario.privacy.private:
+        allowed["allow_non_private"] = True
+    return scenario.policy.model_copy(update=allowed)
 
 
 def _site(scenario: Scenario, name: str, records: int, own: policy.Policy) -> Site:

@@ -1,7 +1,8 @@
 """What a site allows, whatever a coordinator asks: checked here, at the site, before any work."""
 
 import math
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
+from typing import Annotated
 
 from pydantic import Field
 
@@ -15,20 +16,30 @@ SMALLEST_NORM, LARGEST_NORM = 1e-6, 1e6  # of clipping: float32 squares underflo
 class Policy(Section):
     """A site's limits, site.toml [privacy].
 
-    `max_epsilon` bounds the dataset's whole life, over all runs, at `delta`; `max_run_epsilon` one run.
+    `max_epsilon` bounds the dataset's whole life, over all runs, at `delta`; `max_run_epsilon` one run;
+    `max_releases` how many answers, of training and of evaluation together, the dataset ever gives (none: as
+    many as `max_epsilon` lets through). `models`, `tasks` and `coordinators` are shell patterns. No model is
+    allowed that is not named, because a name is also an order: it may be a folder of this machine, or a
+    package to fetch. A task is code that the site has installed, and a coordinator's name is what it claims to
+    be, so that those two lists begin open.
     """
 
     max_epsilon: float = Field(gt=0, allow_inf_nan=False)
     max_run_epsilon: float = Field(8.0, gt=0, allow_inf_nan=False)
     delta: float = Field(1e-5, gt=0, lt=1)
     min_noise_multiplier: float = Field(0.3, ge=0)
-    models: tuple[str, ...] = Field(("*",), strict=False)  # patterns of allowed model names
+    max_releases: Annotated[int, Field(ge=1)] | None = None
+    models: tuple[str, ...] = Field((), strict=False)
     tasks: tuple[str, ...] = Field(("*",), strict=False)
+    coordinators: tuple[str, ...] = Field(("*",), strict=False)
     allow_non_private: bool = False
+    allow_device_noise: bool = False  # let the accelerator's own generator draw the noise: quicker, not cryptographic
 
 
 def check(policy: Policy, config: RunConfig, plan: SitePlan, dataset: str) -> None:
-    """Refuse a run that goes beyond the policy.
+    """Refuse a run that goes beyond the policy: before any work, and again before each release.
+
+    What depends on the ledger, `max_epsilon` and `max_releases`, is checked there.
 
     Raises
     ------
@@ -36,11 +47,18 @@ def check(policy: Policy, config: RunConfig, plan: SitePlan, dataset: str) -> No
         Naming the setting, its value, the limit and where the limit stands. It rests on public values alone.
     """
     privacy = config.privacy
-    if ".." in config.model.name or not any(fnmatch(config.model.name, pattern) for pattern in policy.models):
+    coordinator = config.federation.coordinator
+    if not _allowed(coordinator, policy.coordinators):
         raise PolicyError(
-            f"model.name={config.model.name!r} is not among this site's models {list(policy.models)} (site.toml, [privacy] models)."
+            f"federation.coordinator={coordinator!r} is not among the coordinators that this site works for, "
+            f"{list(policy.coordinators)} (site.toml, [privacy] coordinators)."
         )
-    if not any(fnmatch(config.task.name, pattern) for pattern in policy.tasks):
+    if ".." in config.model.name or not _allowed(config.model.name, policy.models):
+        raise PolicyError(
+            f"model.name={config.model.name!r} is not among this site's models {list(policy.models)}; "
+            "name it there to allow it (site.toml, [privacy] models)."
+        )
+    if not _allowed(config.task.name, policy.tasks):
         raise PolicyError(
             f"task.name={config.task.name!r} is not among this site's tasks {list(policy.tasks)} (site.toml, [privacy] tasks)."
         )
@@ -74,3 +92,7 @@ def check(policy: Policy, config: RunConfig, plan: SitePlan, dataset: str) -> No
             f"the plan's noise multiplier of {lowest:.3f} is below this site's least of {policy.min_noise_multiplier:g} "
             f"for dataset {dataset!r} (site.toml, [privacy] min_noise_multiplier)."
         )
+
+
+def _allowed(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -88,7 +88,7 @@ def new_site(tmp_path: Path, new_rows: Callable[..., list[Row]]) -> Callable[...
                 "validation": 0.2,
                 "labels": ["bad", "good"],
             },
-            "privacy": {"max_epsilon": 200.0, "delta": 1e-3, "min_noise_multiplier": 0.3},
+            "privacy": {"max_epsilon": 200.0, "delta": 1e-3, "min_noise_multiplier": 0.3, "models": ["*"]},
         }
         site.save(Site.model_validate(merged(base, changes)), folder / "site.toml")
         return site.load(folder / "site.toml")

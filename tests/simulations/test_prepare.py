@@ -68,6 +68,17 @@ def test_sites_allow_no_privacy_only_where_the_scenario_asks_for_none(history, t
     assert history.run(run).private is False
 
 
+def test_sites_allow_the_runs_own_model_unless_the_scenario_names_others(history, tiny_scenario):
+    read = scenario.load(str(tiny_scenario), {})
+    run = prepare.prepare(read, history)
+    sites = [site.load(prepare.Path(str(node["site"]))) for node in prepare.site_files(run).values()]
+    assert {own.privacy.models for own in sites} == {(read.model.name,)}
+    for models in ([], ["pypi:*"]):
+        other = scenario.load(str(tiny_scenario), {"policy.models": models})
+        with pytest.raises(ConfigError, match=r"is not among this site's models .* the scenario's \[policy\]"):
+            prepare.prepare(other, history)
+
+
 @pytest.mark.parametrize("held", ["\u2028", "\x85", "\x1d", "\u2029 and \x0b", "ü 😀"])
 def test_a_text_with_any_character_is_one_record(history, tiny_scenario, tmp_path, held):
     folder = tmp_path / "data"

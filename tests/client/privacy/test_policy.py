@@ -16,7 +16,7 @@ CARD = DatasetCard("notes", 100, 0.2)
 
 
 def check(limits: dict[str, Any], config: RunConfig) -> None:
-    own = Policy.model_validate({"max_epsilon": 50.0, "delta": 1e-3} | limits)
+    own = Policy.model_validate({"max_epsilon": 50.0, "delta": 1e-3, "models": ["*"]} | limits)
     policy.check(own, config, plan.make(config, CARD), "notes")
 
 
@@ -24,6 +24,10 @@ def check(limits: dict[str, Any], config: RunConfig) -> None:
     ("limits", "changes", "said"),
     [
         ({"models": ["pypi:*"]}, {}, r"model.name=.*\['pypi:\*'\].*\[privacy\] models"),
+        ({"models": []}, {}, r"model.name=.*name it there to allow it \(site.toml, \[privacy\] models\)"),
+        ({"coordinators": ["ward-*"]}, {}, r"federation.coordinator='coordinator' .*\['ward-\*'\].*\[privacy\] coord"),
+        ({"coordinators": []}, {}, r"federation.coordinator='coordinator' .*\[privacy\] coordinators"),
+        ({"tasks": []}, {}, r"task.name='text-classification'.*\[privacy\] tasks"),
         ({"tasks": ["translation"]}, {}, r"task.name='text-classification'.*\[privacy\] tasks"),
         ({"max_run_epsilon": 7.5}, {}, r"privacy.epsilon=8 is above this site's limit of 7.5 .*max_run_epsilon"),
         ({"delta": 1e-4}, {}, r"privacy.delta=0.001 is above this site's limit of 0.0001 .*\[privacy\] delta"),
@@ -40,6 +44,28 @@ def test_each_limit_refuses_alone_and_names_itself(
     with pytest.raises(PolicyError, match=said) as refused:
         check(limits, new_config(**changes))
     assert "\n" not in str(refused.value)
+
+
+def test_a_site_works_for_the_coordinators_that_its_patterns_name(new_config: Callable[..., RunConfig]) -> None:
+    config = new_config(federation={"coordinator": "ward-3"})
+    for patterns in (["ward-*"], ["other", "ward-3"], ["ward-[0-9]"]):
+        check({"coordinators": patterns}, config)
+    for patterns in (["ward"], ["ward-"], ["WARD-3"], ["other"]):
+        with pytest.raises(PolicyError, match="federation.coordinator='ward-3'"):
+            check({"coordinators": patterns}, config)
+
+
+def test_without_a_list_no_model_is_allowed_and_any_task_and_coordinator_are(
+    new_config: Callable[..., RunConfig],
+) -> None:
+    config = new_config(federation={"coordinator": "ward-3"})
+    cautious = Policy(max_epsilon=50.0, delta=1e-3)
+    with pytest.raises(PolicyError, match=r"is not among this site's models \[\]; name it there"):
+        policy.check(cautious, config, plan.make(config, CARD), "notes")
+    named = cautious.model_copy(update={"models": (config.model.name,)})
+    policy.check(named, config, plan.make(config, CARD), "notes")
+    assert not cautious.allow_non_private
+    assert not cautious.allow_device_noise
 
 
 def test_a_limit_that_is_just_met_does_not_refuse(new_config: Callable[..., RunConfig]) -> None:
