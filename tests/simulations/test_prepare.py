@@ -74,7 +74,7 @@ def test_sites_allow_the_runs_own_model_unless_the_scenario_names_others(history
     sites = [site.load(prepare.Path(str(node["site"]))) for node in prepare.site_files(run).values()]
     assert {own.privacy.models for own in sites} == {(read.model.name,)}
     for models in ([], ["pypi:*"]):
-        other = scenario.load(str(tiny_scenario), {"policy.models": models})
+        other = scenario.load(str(tiny_scenario), {"policy.max_epsilon": 20.0, "policy.models": models})
         with pytest.raises(ConfigError, match=r"is not among this site's models .* the scenario's \[policy\]"):
             prepare.prepare(other, history)
 
