@@ -93,7 +93,21 @@ def _join(
     _check_split(site, ledger)
     resident.parts(site, config)
     card = site.dataset.card()
-    return JoinReply(site.name, card.dataset, card.records, card.validation)
+    number = len(ledger.spends())
+    return JoinReply(
+        site.name,
+        card.dataset,
+        card.records,
+        card.validation,
+        ledger_id(site),
+        ledger_number=number,
+        ledger_head=messages.NO_HEAD,
+    )
+
+
+def ledger_id(site: Site) -> str:
+    """Name of the dataset's account: of this ledger file and no other."""
+    return hashlib.sha256(f"{site.ledger.resolve()}\0{site.dataset.id}".encode()).hexdigest()[:32]
 
 
 def _configuration(request: Request) -> RunConfig:
@@ -181,6 +195,14 @@ def _release(
         _same(ledger.pin(request.run, "plan", now := _plan_digest(config, planned)), now, request.run)
         _check_split(site, ledger)
         spent = epsilon([*ledger.run_releases(request.run, part), release], config.privacy.delta)
+        private = release.noise_multiplier > 0
+        said = {
+            "mechanism": release.mechanism if private else "none",
+            "noise_source": "aes-256-ctr" if private else "none",
+            "ledger_id": ledger_id(site),
+            "ledger_head": messages.NO_HEAD,
+        }
+        number = len(ledger.spends()) + 1
         reply: Reply
         if isinstance(request, TrainRequest):
             update = training.train(resident, site, config, planned, request, randomness(name))
@@ -192,10 +214,15 @@ def _release(
                 release.noise_multiplier,
                 release.steps,
                 spent,
+                gradients="hooks",
+                ledger_number=number,
+                **said,
             )
         else:
             histogram = evaluation.evaluate(resident, site, config, planned, request, randomness(name))
-            reply = EvaluateReply(site.name, request.round, histogram, release.noise_multiplier, spent)
+            reply = EvaluateReply(
+                site.name, request.round, histogram, release.noise_multiplier, spent, ledger_number=number, **said
+            )
         kept = ledger.charge(
             request.run,
             name,

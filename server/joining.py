@@ -12,7 +12,7 @@ from server.dispatch import ask
 from server.history.store import History
 from server.job import Job
 from server.observer import Observer
-from shared import models
+from shared import messages, models
 from shared.errors import RunFailedError
 from shared.messages import JoinReply, JoinRequest
 from shared.models import LoadedModel
@@ -79,4 +79,6 @@ def _undeclarable(reply: JoinReply) -> str | None:
     for setting, value in (("name", reply.site), ("dataset.id", reply.dataset)):
         if not NAME.fullmatch(value):
             return f"{setting}={value[:64]!r} is not a name; use {NAME.pattern} (site.toml)."
-    return None if reply.records >= 1 else f"dataset.records={reply.records} must be at least 1 (site.toml)."
+    if reply.records < 1:
+        return f"dataset.records={reply.records} must be at least 1 (site.toml)."
+    return messages.implausible(reply)

@@ -24,7 +24,7 @@ from server.history.store import History
 from server.job import Job
 from server.observer import Observer
 from server.optimization import ServerState
-from shared import metrics, models
+from shared import messages, metrics, models
 from shared.errors import RunFailedError, interrupted
 from shared.messages import EvaluateReply, EvaluateRequest, JoinReply, TrainReply, TrainRequest
 from shared.models import LoadedModel
@@ -135,9 +135,9 @@ class Campaign:
         plausible = reply.epsilon >= 0 and 0 <= reply.noise_multiplier < math.inf  # false for what is no number
         if isinstance(reply, TrainReply):
             plausible = plausible and 0 < reply.sampling_rate <= 1 and reply.steps >= 1
-        return (
-            None if plausible else "the reply's epsilon, noise multiplier, sampling rate or steps are no such values."
-        )
+        if not plausible:
+            return "the reply's epsilon, noise multiplier, sampling rate or steps are no such values."
+        return messages.implausible(reply)
 
     def _ask(
         self, kind: Kind, number: int, request: object, expected: type[R], nodes: list[int]

@@ -1,24 +1,33 @@
-"""Trainable parameters as named arrays: what a checkpoint holds and what travels."""
+"""Trainable parameters as named arrays: what a checkpoint holds and what travels.
+
+torch is imported by what touches a module, so that whoever only reads messages does without it.
+"""
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import nn
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 
 
-def read(module: nn.Module, names: Iterable[str]) -> Arrays:
+def read(module: "nn.Module", names: Iterable[str]) -> Arrays:
     """Copy the named parameters out of `module`, float32, in the order of `names`."""
+    import torch
+
     parameters = dict(module.named_parameters())
     return {name: parameters[name].detach().to("cpu", torch.float32).numpy().copy() for name in names}
 
 
-def write(module: nn.Module, arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
+def write(module: "nn.Module", arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
     """Set the parameters that `arrays` names, each of the same shape, and leave the others."""
+    import torch
+
     parameters = dict(module.named_parameters())
     with torch.no_grad():
         for name, array in arrays.items():

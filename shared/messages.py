@@ -9,6 +9,7 @@ not here cannot be sent, and a field without a mark fails the tests.
 import hashlib
 import io
 import json
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_type_hints
 
@@ -22,6 +23,12 @@ M = TypeVar("M")
 
 Kind = Literal["join", "train", "evaluate"]
 FLOWER_TYPES: dict[Kind, str] = {"join": "query", "train": "train", "evaluate": "evaluate"}
+
+MECHANISMS = ("gaussian", "discrete-gaussian", "none")  # none: no noise, hence no privacy
+NOISE_SOURCES = ("aes-256-ctr", "device", "none")  # device: the accelerator's own generator
+GRADIENTS = ("one-pass", "hooks", "ghost")  # how each record's gradient was had
+LEDGER_ID, LEDGER_HEAD = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
+NO_HEAD = "0" * 64  # stands for the event before the first
 
 
 def public() -> Any:
@@ -52,6 +59,9 @@ class JoinReply:
     dataset: str = public()
     records: int = public()  # rounded, as site.toml declares
     validation: float = public()  # share of the records kept for validation
+    ledger_id: str = public()  # of the dataset's account: random, made when it was opened; 32 hexadecimal digits
+    ledger_number: int = public()  # events in the account so far, over all runs
+    ledger_head: str = public()  # digest of the last of them; NO_HEAD before the first
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,12 @@ class TrainReply:
     noise_multiplier: float = public()
     steps: int = public()
     epsilon: float = public()  # of this part of the dataset in this run so far, from the site's ledger
+    mechanism: str = public()  # one of MECHANISMS
+    noise_source: str = public()  # one of NOISE_SOURCES
+    gradients: str = public()  # one of GRADIENTS
+    ledger_id: str = public()
+    ledger_number: int = public()  # of this release in the account's chain, from 1
+    ledger_head: str = public()  # digest of the event before it; NO_HEAD for the first
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,11 @@ class EvaluateReply:
     histogram: Arrays = released()  # {"counts": (labels, labels, confidence_bins)}
     noise_multiplier: float = public()
     epsilon: float = public()
+    mechanism: str = public()
+    noise_source: str = public()
+    ledger_id: str = public()
+    ledger_number: int = public()
+    ledger_head: str = public()
 
 
 @dataclass(frozen=True)
@@ -107,7 +128,7 @@ class Refusal:
     """
 
     site: str = public()
-    outcome: str = public()  # "refused" or "failed"
+    outcome: str = public()  # "refused", "failed", or "exhausted": out of privacy budget
     reason: str = public()
 
 
@@ -174,6 +195,24 @@ def _float32(name: str, array: Array) -> np.ndarray[Any, np.dtype[np.float32]]:
     return values
 
 
+def implausible(reply: JoinReply | TrainReply | EvaluateReply) -> str | None:
+    """Say which of a reply's words or ledger fields cannot be; they go into a history and onto screens."""
+    if not isinstance(reply, JoinReply):
+        words = {"mechanism": (reply.mechanism, MECHANISMS), "noise_source": (reply.noise_source, NOISE_SOURCES)}
+        if isinstance(reply, TrainReply):
+            words["gradients"] = (reply.gradients, GRADIENTS)
+        for name, (word, known) in words.items():
+            if word not in known:
+                return f"the reply's {name}={word[:32]!r} is none of {', '.join(known)}."
+        if (reply.mechanism == "none") != (reply.noise_multiplier == 0):
+            return f"the reply's mechanism={reply.mechanism!r} and noise_multiplier={reply.noise_multiplier:g} contradict each other."
+    if not LEDGER_ID.fullmatch(reply.ledger_id):
+        return f"the reply's ledger_id={reply.ledger_id[:40]!r} is not of 32 hexadecimal digits."
+    if reply.ledger_number < (0 if isinstance(reply, JoinReply) else 1):
+        return f"the reply's ledger_number={reply.ledger_number} counts no events."
+    return None if LEDGER_HEAD.fullmatch(reply.ledger_head) else "the reply's ledger_head is no SHA-256."
+
+
 def request_id(run: str, round_number: int, kind: Kind) -> str:
     """Name of a question that a site answers once: the same name is the same question, or it is refused."""
     return f"{run}/{round_number}/{kind}"
@@ -225,7 +264,23 @@ def from_bytes(data: bytes, *kinds: type[M]) -> M:
 
 
 def size(message: Message) -> int:
-    """Bytes of a message's content; 0 for one that carries none."""
+    """Bytes of a message's content; 0 for one that carries none.
+
+    Values are counted here, arrays by Flower: its own count fails on empty texts and lists, and a site may
+    send those.
+    """
     if not message.has_content():
         return 0
-    return sum(record.count_bytes() for record in message.content.values())
+    counted = 0
+    for record in message.content.values():
+        if isinstance(record, ArrayRecord):
+            counted += record.count_bytes()
+        else:
+            counted += sum(len(key) + _size(value) for key, value in record.items())
+    return counted
+
+
+def _size(value: object) -> int:
+    if isinstance(value, str | bytes | list):
+        return len(value) * (8 if isinstance(value, list) else 1)
+    return 1 if isinstance(value, bool) else 8

@@ -18,6 +18,8 @@ REQUEST = TrainRequest("run-1", "{}", 2, {"a": np.ones(3, np.float32)})
 def reply(site="a", **changed):
     values = {"site": site, "round": 2, "update": {"a": np.ones(3, np.float32)}, "sampling_rate": 0.5}
     values |= {"noise_multiplier": 1.0, "steps": 1, "epsilon": 0.5}
+    values |= {"mechanism": "gaussian", "noise_source": "aes-256-ctr", "gradients": "hooks"}
+    values |= {"ledger_id": "ab" * 16, "ledger_number": 1, "ledger_head": "0" * 64}
     return TrainReply(**{**values, **changed})
 
 
@@ -131,9 +133,11 @@ MALFORMED = {
     "float64": lambda: with_arrays(good(reply()), Array(np.ones(3))),
     "garbage for an array": lambda: with_arrays(good(reply()), Array("float32", (3,), "numpy.ndarray", b"garbage")),
     "an unknown serialisation": lambda: with_arrays(good(reply()), Array("float32", (3,), "pickle", b"garbage")),
-    "another message": lambda: good(JoinReply("a", "d", 10, 0.1)),
+    "another message": lambda: good(JoinReply("a", "d", 10, 0.1, "ab" * 16, 0, "0" * 64)),
     "no values": lambda: RecordDict({"update": ArrayRecord()}),
     "nothing": RecordDict,
+    "empty words": lambda: with_value(good(JoinReply("", "", 1, 0.1, "", 0, "")), "more", ""),
+    "an empty list": lambda: with_value(good(reply()), "steps", []),
     "no name": lambda: RecordDict({"values": ConfigRecord({"site": "a"})}),
 }
 
@@ -177,8 +181,10 @@ def test_a_request_reaches_the_handler_of_its_kind():
     @app.query()
     def query(message, context):
         request = messages.from_record(message.content, JoinRequest)
-        return Message(messages.to_record(JoinReply(request.run, "d", 10, 0.1)), reply_to=message)
+        return Message(
+            messages.to_record(JoinReply(request.run, "d", 10, 0.1, "ab" * 16, 0, "0" * 64)), reply_to=message
+        )
 
     request = JoinRequest("run-9", "{}", "0", "{}")
     (answer,) = ask(InProcessGrid(app, {7: {}}), "join", [7], request, JoinReply, group="join", deadline=5)
-    assert answer.reply == JoinReply("run-9", "d", 10, 0.1)
+    assert answer.reply == JoinReply("run-9", "d", 10, 0.1, "ab" * 16, 0, "0" * 64)

@@ -23,7 +23,9 @@ def config(seed=0, **federation):
 
 
 def joined(nodes, records=lambda number: 100):
-    return {node: JoinReply(f"site-{i:02}", "d", records(i), 0.1) for i, node in enumerate(nodes)}
+    return {
+        node: JoinReply(f"site-{i:02}", "d", records(i), 0.1, f"{i:032x}", 0, "0" * 64) for i, node in enumerate(nodes)
+    }
 
 
 def names(sites, nodes):

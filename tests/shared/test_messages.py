@@ -36,9 +36,13 @@ SAMPLES: list[Any] = [
     JoinRequest("run", "{}", "c0ffee", "{}"),
     TrainRequest("run", "{}", 1, ARRAYS),
     EvaluateRequest("run", "{}", 1, ARRAYS),
-    JoinReply("clinic", "notes", 1200, 0.1),
-    TrainReply("clinic", 3, ARRAYS, 0.5, 1.25, 2, math.inf),
-    EvaluateReply("clinic", 3, {"counts": np.zeros((2, 2, 4), np.float32)}, 0.0, 0.5),
+    JoinReply("clinic", "notes", 1200, 0.1, "ab" * 16, 0, "0" * 64),
+    TrainReply(
+        "clinic", 3, ARRAYS, 0.5, 1.25, 2, math.inf, "gaussian", "aes-256-ctr", "hooks", "ab" * 16, 7, "cd" * 32
+    ),
+    EvaluateReply(
+        "clinic", 3, {"counts": np.zeros((2, 2, 4), np.float32)}, 0.0, 0.5, "none", "none", "ab" * 16, 1, "0" * 64
+    ),
     Refusal("clinic", "refused", "no."),
 ]
 
@@ -79,10 +83,16 @@ def test_what_is_released_are_the_two_noised_arrays_and_all_arrays_are_released(
 
 
 def test_the_fields_that_leave_a_site_are_these_and_a_new_one_is_a_decision() -> None:
+    ledger = ["ledger_id", "ledger_number", "ledger_head"]
     assert {reply.__name__: [item.name for item in fields(reply)] for reply in REPLIES} == {
-        "JoinReply": ["site", "dataset", "records", "validation"],
-        "TrainReply": ["site", "round", "update", "sampling_rate", "noise_multiplier", "steps", "epsilon"],
-        "EvaluateReply": ["site", "round", "histogram", "noise_multiplier", "epsilon"],
+        "JoinReply": ["site", "dataset", "records", "validation", *ledger],
+        "TrainReply": [
+            *("site", "round", "update", "sampling_rate", "noise_multiplier", "steps", "epsilon"),
+            *("mechanism", "noise_source", "gradients", *ledger),
+        ],
+        "EvaluateReply": [
+            *("site", "round", "histogram", "noise_multiplier", "epsilon", "mechanism", "noise_source", *ledger)
+        ],
         "Refusal": ["site", "outcome", "reason"],
     }
 
@@ -119,7 +129,7 @@ def test_a_message_comes_back_as_it_went(message: Any) -> None:
     st.text().filter(lambda text: text.isprintable()),
 )
 def test_any_reply_survives_the_network_and_the_ledger(update: Any, number: int, value: float, text: str) -> None:
-    reply = TrainReply(text, number, update, value, value, number, value)
+    reply = TrainReply(text, number, update, value, value, number, value, text, text, text, text, number, text)
     assert same(from_record(to_record(reply), *REPLIES), reply)
     assert same(from_bytes(to_bytes(reply), TrainReply, EvaluateReply), reply)
 
