@@ -58,6 +58,10 @@ class PolicyError(RefusedError):
     """The request goes beyond what the site's own policy or remaining budget allows."""
 
 
+class BudgetError(PolicyError):
+    """The dataset's privacy budget has no room for what was asked: it is spent, or reserved by others."""
+
+
 class RetryError(RefusedError):
     """A request was answered before with another content, or a later one has superseded it."""
 
