@@ -248,7 +248,7 @@ def _planned_release(config: RunConfig, planned: SitePlan, request: TrainRequest
         raise RefusedError(
             f"round {request.round} is not one that the run's configuration evaluates (evaluation.every)."
         )
-    return Release(1.0, planned.evaluation_noise, 1)
+    return planned.evaluation_release()
 
 
 def _check_shapes(model: LoadedModel, received: Arrays) -> None:

@@ -2,14 +2,15 @@
 
 Everything here follows from the run's configuration and the site's declared, rounded size, all of it
 public: the coordinator and the site compute the same plan, and neither looks at a record. The noise
-multiplier is the smallest that keeps the planned releases, composed by privacy-loss distributions,
-within the run's epsilon.
+multiplier is the smallest that keeps the planned releases, composed as `shared.accounting` does for their
+mechanism, within the run's epsilon. It is relative to the sensitivity of what is noised: the clipping norm,
+or, where gradients are rounded to a grid, the norm that a rounded one may have (`client.privacy.noise.Grid`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from shared.accounting import PlannedSteps, Release, calibrate
+from shared.accounting import Mechanism, PlannedSteps, Release, calibrate
 from shared.errors import ConfigError
 from shared.run_config import Phase, RunConfig
 
@@ -42,10 +43,11 @@ class PhasePlan:
     steps_per_round: int
     rounds: int
     divisor: float  # expected records a step: the public divisor of the summed gradient
+    mechanism: Mechanism = "gaussian"
 
     def round_release(self) -> Release:
         """What one round of this phase costs."""
-        return Release(self.sampling_rate, self.noise_multiplier, self.steps_per_round)
+        return Release(self.sampling_rate, self.noise_multiplier, self.steps_per_round, self.mechanism)
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,18 @@ class SitePlan:
     phases: dict[str, PhasePlan]
     evaluation_noise: float
     evaluations: int
+    mechanism: Mechanism = "gaussian"
+
+    def evaluation_release(self) -> Release:
+        """What one histogram costs."""
+        return Release(1.0, self.evaluation_noise, 1, self.mechanism)
 
     def releases(self, part: Part) -> list[Release]:
         """Planned releases over the whole run; a record is in one part only, so the parts do not add up."""
         if part == "validation":
-            return [Release(1.0, self.evaluation_noise, self.evaluations)]
+            return [replace(self.evaluation_release(), steps=self.evaluations)]
         return [
-            Release(phase.sampling_rate, phase.noise_multiplier, phase.steps_per_round * phase.rounds)
-            for phase in self.phases.values()
+            replace(phase.round_release(), steps=phase.steps_per_round * phase.rounds) for phase in self.phases.values()
         ]
 
 
@@ -94,14 +100,15 @@ def make(config: RunConfig, card: DatasetCard) -> SitePlan:
             f"privacy.delta={privacy.delta:g} is above 1/(10 x records) = {1 / (10 * card.records):.2g} for dataset "
             f"{card.dataset!r} of {card.records} records; lower privacy.delta."
         )
-    phases = config.phases
+    phases, mechanism = config.phases, privacy.mechanism
     rates = {name: sampling_rate(phase, name, card) for name, phase in phases.items()}
     sigma = calibrate(
-        tuple(PlannedSteps(rates[name], phase.steps, phase.noise_ratio) for name, phase in phases.items()),
+        tuple(PlannedSteps(rates[name], phase.steps, phase.noise_ratio, mechanism) for name, phase in phases.items()),
         privacy.epsilon,
         privacy.delta,
     )
-    evaluation_noise = calibrate((PlannedSteps(1.0, config.evaluations, 1.0),), privacy.epsilon, privacy.delta)
+    histograms = PlannedSteps(1.0, config.evaluations, 1.0, mechanism)
+    evaluation_noise = calibrate((histograms,), privacy.epsilon, privacy.delta)
     noises = {name: sigma * phase.noise_ratio for name, phase in phases.items()}
     highest = max(noises.values())
     if highest > privacy.max_noise_multiplier:
@@ -113,10 +120,11 @@ def make(config: RunConfig, card: DatasetCard) -> SitePlan:
     return SitePlan(
         phases={
             name: PhasePlan(
-                rates[name], noises[name], phase.local_steps, phase.rounds, rates[name] * card.train_records
+                rates[name], noises[name], phase.local_steps, phase.rounds, rates[name] * card.train_records, mechanism
             )
             for name, phase in phases.items()
         },
         evaluation_noise=evaluation_noise,
         evaluations=config.evaluations,
+        mechanism=mechanism,
     )

@@ -28,6 +28,7 @@ from shared.errors import ConfigError
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Gradients = Literal["auto", "hooks", "ghost", "one-pass"]
 T = TypeVar("T", bound=BaseModel)
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"  # of a site, and of its dataset
 
@@ -128,6 +129,10 @@ class Privacy(Section):
     epsilon: float = Field(8.0, gt=0)  # "inf" in JSON, which has no number for it
     delta: float = Field(1e-5, gt=0, lt=1)
     clipping: Literal["flat", "normalise"] = "flat"
+    noise: Literal["gaussian", "discrete"] = "gaussian"  # discrete: whole numbers, on gradients rounded to a grid
+    # Of discrete noise: the grid's step over clipping norm / sqrt(trained parameters). The sensitivity, and with it
+    # the noise, grows by half of this share, whatever the model.
+    grid: Share = 0.01
     max_noise_multiplier: Positive = 20.0
 
     @field_validator("epsilon", mode="before")
@@ -143,6 +148,11 @@ class Privacy(Section):
     def private(self) -> bool:
         """False at epsilon inf."""
         return math.isfinite(self.epsilon)
+
+    @property
+    def mechanism(self) -> Literal["gaussian", "discrete-gaussian"]:
+        """What the releases of the run are, as ledger and accounting name it."""
+        return "discrete-gaussian" if self.noise == "discrete" else "gaussian"
 
 
 class Federation(Section):
@@ -175,10 +185,16 @@ class Evaluation(Section):
 
 
 class Hardware(Section):
-    """What changes speed and not privacy."""
+    """What changes speed and not privacy.
+
+    `gradients` is the way to per-record gradients: `auto` is the first of one-pass and hooks that the probe finds right.
+    `checkpointing` recomputes activations in the backward pass, which takes time and spares memory.
+    """
 
     micro_batch: Count = 64
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    gradients: Gradients = "auto"
+    checkpointing: bool = False
 
 
 class RunConfig(Section):
