@@ -1,12 +1,14 @@
 """One local evaluation: a noised histogram of the model's predictions on the site's validation records.
 
 Each record falls in one cell of (true label, predicted label, confidence bin), so that adding or removing
-it changes the counts by 1; Gaussian noise of the plan's deviation goes on every cell, empty ones included.
+it changes the counts by 1; noise of the plan's deviation goes on every cell, empty ones included. Counts
+are whole numbers, so that under `privacy.noise = "discrete"` they are released as whole numbers.
 """
 
 import numpy as np
 import torch
 
+from client.privacy import noise
 from client.privacy.randomness import Keystream
 from client.resident import Resident
 from client.site import Site
@@ -33,6 +35,6 @@ def evaluate(
     with torch.no_grad():
         probabilities = model.module.head(features).softmax(1).double().cpu().numpy()
     counts = metrics.count(probabilities, np.asarray(examples.labels, dtype=int), config.evaluation.confidence_bins)
-    if plan.evaluation_noise > 0:
-        counts += plan.evaluation_noise * randomness.normal(counts.size).reshape(counts.shape)
-    return {"counts": counts.astype(np.float32)}
+    kind = noise.of_counts(config.privacy, randomness)
+    noised = kind.noised(torch.from_numpy(counts.astype(np.int64)), plan.evaluation_noise)
+    return {"counts": noised.numpy()}

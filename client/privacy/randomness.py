@@ -63,7 +63,7 @@ class Keystream:
         """
         drawn = np.empty(n)
         for start in range(0, n, _BLOCK):
-            words = self._words(min(_BLOCK, n - start))
+            words = self.words(min(_BLOCK, n - start))
             drawn[start : start + _BLOCK] = ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
         return drawn
 
@@ -78,7 +78,7 @@ class Keystream:
         """
         drawn = np.empty(n)
         for start in range(0, n, _BLOCK):
-            words = self._words(min(_BLOCK, n - start))
+            words = self.words(min(_BLOCK, n - start))
             lower_tail = ((words >> np.uint64(1)).astype(np.float64) + 0.5) * 2.0**-64
             magnitude = ndtri(lower_tail)  # at most 0
             drawn[start : start + _BLOCK] = np.where(words & np.uint64(1), magnitude, -magnitude)
@@ -100,7 +100,8 @@ class Keystream:
             raise ConfigError(f"sampling_rate={rate} must be above 0 and at most 1.")
         return np.flatnonzero(self.uniform(n) < rate).astype(np.int64)
 
-    def _words(self, n: int) -> npt.NDArray[np.uint64]:
+    def words(self, n: int) -> npt.NDArray[np.uint64]:
+        """Draw `n` words of 64 independent fair bits."""
         if os.getpid() != self._process:
             raise RuntimeError("This keystream belongs to the parent process: a fork must open its own.")
         return np.frombuffer(self._encryptor.update(bytes(8 * n)), dtype="<u8")

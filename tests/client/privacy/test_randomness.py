@@ -57,7 +57,7 @@ def test_the_tails_have_their_weight(stream: Keystream) -> None:
 
 def test_extreme_words_give_finite_symmetric_noise(stream: Keystream, monkeypatch: pytest.MonkeyPatch) -> None:
     words = np.array([0, 1, 2**64 - 2, 2**64 - 1], dtype=np.uint64)
-    monkeypatch.setattr(stream, "_words", lambda n: words)
+    monkeypatch.setattr(stream, "words", lambda n: words)
     draws = stream.normal(4)
     assert draws[0] == pytest.approx(9.155, abs=1e-3)
     assert draws[1] == -draws[0]
@@ -114,9 +114,9 @@ def test_two_streams_differ_and_a_key_repeats_itself() -> None:
 
 
 def test_the_stream_never_repeats_across_calls_of_any_size(stream: Keystream) -> None:
-    words = np.concatenate([stream._words(n) for n in (1, 3, 100_000, 7, 65_536, 65_537)])
+    words = np.concatenate([stream.words(n) for n in (1, 3, 100_000, 7, 65_536, 65_537)])
     assert len(np.unique(words)) == len(words)  # two equal 64-bit words among these: chance 1e-9
-    whole = Keystream(bytes(range(32)))._words(len(words))
+    whole = Keystream(bytes(range(32))).words(len(words))
     assert np.array_equal(words, whole)
     again = Keystream(bytes(range(32)))
     mixed = np.concatenate([again.normal(5), again.uniform(5), again.normal(70_000)])

@@ -1,0 +1,187 @@
+"""The one place that adds noise to a sum: continuous or discrete Gaussian, and whose random numbers it takes.
+
+Each kind turns the sum of vectors of bounded norm into one release of a Gaussian mechanism: noise of
+`noise_multiplier` times the sensitivity on every coordinate. Whatever is done with the result is
+post-processing.
+
+- `Continuous`: float64 normals from the site's keystream. The lowest bits of a float sum are not covered.
+- `Discrete`: sums of whole numbers and whole-number noise from the keystream; exact, and nothing to tell
+  from lowest bits.
+- `OnDevice`: the accelerator's own generator, where the site's policy allows it.
+"""
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from client.privacy.discrete_gaussian import sampler
+from client.privacy.randomness import Keystream
+from shared.accounting import Mechanism
+from shared.errors import ConfigError
+from shared.run_config import Privacy
+
+Source = Literal["aes-256-ctr", "device"]
+
+_LARGEST_SUM = 2**62  # whole numbers: noise on top of it cannot pass 2**63
+_SIDE_BY_SIDE = 1 << 22  # values that are rounded together
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The public grid of whole multiples of `step` on which records' vectors are rounded.
+
+    Attributes
+    ----------
+    step
+        gamma: a step of the grid, in the unit of what is summed.
+    sensitivity
+        The largest L2 norm of a rounded vector, in steps: by it one record moves the sum.
+    """
+
+    step: float
+    sensitivity: float
+
+    @classmethod
+    def of(cls, clipping_norm: float, parameters: int, share: float) -> "Grid":
+        """Grid for vectors of `parameters` coordinates, clipped to `clipping_norm` C.
+
+        The step is gamma = share x C / sqrt(d). Rounding to the nearest moves each of the d coordinates by at
+        most gamma / 2, and the vector by gamma sqrt(d) / 2: the sensitivity C + gamma sqrt(d) / 2 is
+        C (1 + share / 2) in any dimension. `parameters` counts all that the phase trains: public.
+        """
+        root = math.sqrt(parameters)
+        return cls(share * clipping_norm / root, root * (1 / share + 0.5))
+
+    def rounded_sum(self, samples: Tensor, factors: Tensor) -> Tensor:
+        """Round each record's scaled vector to the grid, and sum them: int64, shape (*shape), in steps.
+
+        Sums of whole numbers are the same in any order and any micro-batch: add them up as they come.
+
+        Parameters
+        ----------
+        samples
+            (records, *shape): each record's gradient of one parameter, float32, not yet clipped.
+        factors
+            (records,): its scale; a record of scale 0 counts as zero, be its gradient finite or not.
+        """
+        total = torch.zeros(samples.shape[1:], dtype=torch.int64, device=samples.device)
+        scales = (factors / self.step).view(-1, *[1] * total.dim())
+        rows = max(1, _SIDE_BY_SIDE // max(1, total.numel()))
+        for start in range(0, len(samples), rows):
+            some, scale = samples[start : start + rows], scales[start : start + rows]
+            total += torch.where(scale > 0, some * scale, 0.0).round_().to(torch.int64).sum(0)
+        return total
+
+
+@dataclass(frozen=True)
+class Continuous:
+    """Real-valued Gaussian noise in float64, for sums of vectors of norm at most `sensitivity`."""
+
+    sensitivity: float
+    randomness: Keystream
+    mechanism: ClassVar[Mechanism] = "gaussian"
+    source: ClassVar[Source] = "aes-256-ctr"
+
+    def noised(self, total: Tensor, noise_multiplier: float) -> Tensor:
+        """Return the noised sum in float32, on the sum's device; without noise where the multiplier is 0."""
+        if noise_multiplier == 0:
+            return total.float()
+        noise = torch.from_numpy(self.randomness.normal(total.numel())).view(total.shape)
+        return (total.cpu().double() + noise_multiplier * self.sensitivity * noise).float().to(total.device)
+
+
+@dataclass(frozen=True)
+class Discrete:
+    """Whole-number Gaussian noise, for sums of rounded vectors: see `Grid`."""
+
+    grid: Grid
+    randomness: Keystream
+    mechanism: ClassVar[Mechanism] = "discrete-gaussian"
+    source: ClassVar[Source] = "aes-256-ctr"
+
+    def noised(self, total: Tensor, noise_multiplier: float) -> Tensor:
+        """Return the noised sum of steps (int64) in the unit of the vectors: float32, on the sum's device.
+
+        Raises
+        ------
+        ConfigError
+            If the noise, by the public grid and multiplier, is outside what can be drawn.
+        OverflowError
+            If the sum passes 2**62 steps, which no clipped batch does.
+        """
+        if total.dtype != torch.int64:
+            raise TypeError(f"Discrete noise goes on whole numbers, not on {total.dtype}.")
+        steps = total.cpu().numpy()
+        if noise_multiplier:
+            if steps.size and max(abs(int(steps.min())), abs(int(steps.max()))) >= _LARGEST_SUM:
+                raise OverflowError("a sum of rounded gradients passes 2**62 steps of its grid")
+            noise = sampler(noise_multiplier * self.grid.sensitivity).draw(steps.size, self.randomness)
+            steps = steps + noise.reshape(steps.shape)
+        return torch.from_numpy(np.asarray(steps * self.grid.step, dtype=np.float32)).to(total.device)
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """Gaussian noise from the accelerator's own generator, in float64, where the sum already is.
+
+    The generator (Philox on CUDA) is no cipher: its 64-bit seed from the operating system is all that is
+    secret, and whoever can tell one draw and try 2**64 seeds has the rest. Hence the site's policy must
+    allow it. On a CPU it is refused: torch's generator there has a 32-bit seed.
+    """
+
+    sensitivity: float
+    device: torch.device
+    mechanism: ClassVar[Mechanism] = "gaussian"
+    source: ClassVar[Source] = "device"
+    _generator: torch.Generator = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.device.type != "cuda":
+            raise ConfigError(
+                f"Noise cannot come from device {self.device.type!r}, whose generator is too weak; only from 'cuda' "
+                "(site.toml, [privacy] allow_device_noise)."
+            )
+        generator = torch.Generator(self.device)
+        generator.manual_seed(int.from_bytes(os.urandom(8), "little"))
+        object.__setattr__(self, "_generator", generator)
+
+    def noised(self, total: Tensor, noise_multiplier: float) -> Tensor:
+        """Return the noised sum in float32; without noise where the multiplier is 0."""
+        if noise_multiplier == 0:
+            return total.float()
+        noise = torch.randn(total.shape, dtype=torch.float64, device=self.device, generator=self._generator)
+        return noise.mul_(noise_multiplier * self.sensitivity).add_(total).float()
+
+
+Noise = Continuous | Discrete | OnDevice
+
+
+def choose(
+    privacy: Privacy,
+    clipping_norm: float,
+    parameters: int,
+    randomness: Keystream,
+    device: torch.device,
+    *,
+    allow_device_noise: bool = False,
+) -> Noise:
+    """Return the noise of a training phase: of the run's kind, from the source that the site allows.
+
+    Discrete noise always comes from the keystream. `parameters` is the number of values that the phase
+    trains.
+    """
+    if privacy.noise == "discrete":
+        return Discrete(Grid.of(clipping_norm, parameters, privacy.grid), randomness)
+    if allow_device_noise and device.type == "cuda":
+        return OnDevice(clipping_norm, device)
+    return Continuous(clipping_norm, randomness)
+
+
+def of_counts(privacy: Privacy, randomness: Keystream) -> Continuous | Discrete:
+    """Return the noise of a histogram, in which one record moves one count by 1."""
+    return Discrete(Grid(1.0, 1.0), randomness) if privacy.noise == "discrete" else Continuous(1.0, randomness)
