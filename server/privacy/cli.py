@@ -61,7 +61,7 @@ def plan(scenario: Path | None, style: str, plot: Path | None, **given: Any) -> 
     if plot is not None:
         from server.privacy import plan_plot
 
-        plan_plot.write(planning.curve(request), planned, plot)
+        plan_plot.write(planning.curve(request, planned.site), planned, plot)
         click.echo(f"Wrote {plot}.", err=style == "json")
 
 

@@ -1,4 +1,7 @@
-"""A plan as a picture: epsilon by rounds, and the noise that each epsilon leaves in the averaged gradient."""
+"""A plan as a picture: epsilon by rounds, and the noise that each epsilon leaves in the averaged gradient.
+
+The noise is that of one coordinate, over the clipping norm.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +34,7 @@ def write(curve: Sequence[Reached], planned: Planned, path: Path) -> None:
         noise.set_xlim(0, 1.05 * max(trade.epsilon for trade in planned.trades))
         noise.set_ylim(0, None)
         noise.set_xlabel("ε of the run")
-        noise.set_title("noise a coordinate / clipping norm", color=COLOURS["ink"])
+        noise.set_title("noise per coordinate", color=COLOURS["ink"])
         figure.savefig(
             path,
             format=path.suffix[1:],

@@ -6,11 +6,13 @@ and participations are read, because their sums must be right, and the scores of
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from server.history.records import Attempt, Event, Metric, Participation, Round, Run, Spend
-from server.history.store import History
 from shared.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from server.history.store import History
 
 T = TypeVar("T")
 POINTS = 160  # rounds that a plot shows at most
@@ -42,7 +44,7 @@ class Facts:
         return sorted(names | {metric.site for _, metric in self.metrics if metric.site is not None})
 
 
-def read(history: History, run_id: str) -> Facts:
+def read(history: "History", run_id: str) -> Facts:
     """Read a run; `last` is the newest.
 
     Raises
