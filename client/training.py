@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from client import made_up
 from client.privacy import probe
-from client.privacy.engine import ClippedSum, Clipping, Forward, PerRecordGradients, train_only
+from client.privacy.engine import ClippedSum, Clipping, Gradients, Objective, train_only
 from client.privacy.randomness import Keystream
 from client.resident import Resident
 from client.site import Site
@@ -36,30 +36,30 @@ class EncoderPass:
         self._model, self._examples, self._config = model, examples, config
         self._device = model.module.head.weight.device
 
-    def groups(self, drawn: Sequence[int]) -> Iterator[tuple[Sequence[int], Forward]]:
-        """Split the drawn records into batches of one length, each with its losses."""
+    def groups(self, drawn: Sequence[int]) -> Iterator[Objective]:
+        """Split the drawn records into batches of one length."""
         each = 4 * sum(parameter.numel() for parameter in self.module.parameters() if parameter.requires_grad)
         rows = max(1, min(self._config.hardware.micro_batch, GRADIENT_BYTES // each))
         for group in batches(self._examples, drawn, rows):
-            yield group, self._forward(self._examples, group, None, self._config.hardware.precision)
+            yield self._objective(self._examples, group, None, self._config.hardware.precision)
 
-    def made_up(self, randomness: Keystream) -> tuple[list[tuple[Sequence[int], Forward]], list[Forward]]:
+    def made_up(self, randomness: Keystream) -> tuple[list[tuple[Sequence[int], Objective]], list[Objective]]:
         """Made-up records for the probe: padded side by side, and each alone; float32."""
         examples = made_up.examples(self._model, randomness)
-        together: list[tuple[Sequence[int], Forward]] = [
-            (group, self._forward(examples, group, width, "float32")) for group, width in made_up.TOGETHER
+        together: list[tuple[Sequence[int], Objective]] = [
+            (group, self._objective(examples, group, width, "float32")) for group, width in made_up.TOGETHER
         ]
-        alone = [self._forward(examples, (number,), length, "float32") for number, length in enumerate(made_up.LENGTHS)]
+        alone = [self._objective(examples, (number,), length, "float32") for number, length in enumerate(made_up.LENGTHS)]
         return together, alone
 
-    def _forward(self, examples: Examples, group: Sequence[int], width: int | None, precision: str) -> Forward:
-        def losses() -> Tensor:
-            batch = collate(examples, group, self._device, width)
+    def _objective(self, examples: Examples, group: Sequence[int], width: int | None, precision: str) -> Objective:
+        def losses(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
             with autocast(self._device, precision):
-                logits = self._model.module(batch.input_ids, batch.attention_mask)
-            return nn.functional.cross_entropy(logits.double(), batch.labels, reduction="none")
+                logits = self._model.module(input_ids, attention_mask)
+            return nn.functional.cross_entropy(logits.double(), labels, reduction="none")
 
-        return losses
+        batch = collate(examples, group, self._device, width)
+        return Objective((batch.input_ids, batch.attention_mask, batch.labels), losses)
 
 
 class HeadPass:
@@ -70,26 +70,28 @@ class HeadPass:
         self._weight = model.module.head.weight
         self._features, self._labels = features, torch.tensor(labels, device=features.device)
 
-    def groups(self, drawn: Sequence[int]) -> Iterator[tuple[Sequence[int], Forward]]:
-        """Split the drawn records into batches, each with its losses."""
+    def groups(self, drawn: Sequence[int]) -> Iterator[Objective]:
+        """Split the drawn records into batches."""
         for start in range(0, len(drawn), HEAD_BATCH):
             group = drawn[start : start + HEAD_BATCH]
-            yield group, self._forward(self._features[group], self._labels[group])
+            yield self._objective(self._features[group], self._labels[group])
 
-    def made_up(self, randomness: Keystream) -> tuple[list[tuple[Sequence[int], Forward]], list[Forward]]:
+    def made_up(self, randomness: Keystream) -> tuple[list[tuple[Sequence[int], Objective]], list[Objective]]:
         """Made-up features for the probe: side by side, and each alone."""
         width = self._features.shape[1]
         features = torch.from_numpy(randomness.normal(4 * width).reshape(4, width)).float().to(self._features.device)
         features *= torch.tensor([[1.0], [0.1], [10.0], [1.0]], device=features.device)
         with torch.no_grad():
             labels = self.module(features).argmin(1)  # as in `client.made_up`
-        together: list[tuple[Sequence[int], Forward]] = [(range(4), self._forward(features, labels))]
-        return together, [self._forward(features[n : n + 1], labels[n : n + 1]) for n in range(4)]
+        together: list[tuple[Sequence[int], Objective]] = [(range(4), self._objective(features, labels))]
+        return together, [self._objective(features[n : n + 1], labels[n : n + 1]) for n in range(4)]
 
-    def _forward(self, features: Tensor, labels: Tensor) -> Forward:
-        return lambda: nn.functional.cross_entropy(
-            self.module(features.to(self._weight.dtype)).double(), labels, reduction="none"
-        )
+    def _objective(self, features: Tensor, labels: Tensor) -> Objective:
+        def losses(features: Tensor, labels: Tensor) -> Tensor:
+            logits = self.module(features.to(self._weight.dtype))
+            return nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+
+        return Objective((features, labels), losses)
 
 
 def train(
@@ -121,14 +123,13 @@ def train(
         objective = EncoderPass(model, examples, config)
     clipping = Clipping(phase.clipping_norm, config.privacy.clipping)
     velocity = {parameter: torch.zeros_like(value) for parameter, value in parameters.items()}
-    with PerRecordGradients(objective.module, parameters) as gradients:
+    with Gradients(objective.module, parameters, config.hardware.gradients) as gradients:
         probe.check(objective.module, gradients, *objective.made_up(randomness))
         for _ in range(steps.steps_per_round):
             total = ClippedSum(gradients, clipping)
-            for group, forward in objective.groups(
-                randomness.poisson_sample(len(examples), steps.sampling_rate).tolist()
-            ):
-                total.add(forward, len(group))
+            drawn = randomness.poisson_sample(len(examples), steps.sampling_rate).tolist()
+            for batch in objective.groups(drawn):
+                total.add(batch)
             with torch.no_grad():
                 for parameter, mean in total.noised_mean(steps.noise_multiplier, steps.divisor, randomness).items():
                     velocity[parameter] = phase.momentum * velocity[parameter] + mean

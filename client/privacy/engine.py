@@ -1,11 +1,12 @@
-"""Per-record gradients, clipped, summed, noised: the one place where Opacus is touched.
+"""Per-record gradients, clipped and summed: the one place where Opacus is touched.
 
-Opacus's hooks give each record's gradient. Everything after that is here, because it is what the claim
-rests on: the norm over all trained parameters of a record in float32, the clipping, the sum, noise from
-the operating system's entropy, and division by the public expected batch. The guarantee: adding or
-removing one record changes the sum by at most `clipping_norm` in L2 norm, so the noised sum is one
-Gaussian mechanism of that sensitivity. It holds only where a record's gradient depends on that record
-alone; `client.privacy.probe` checks it, and the guards here refuse what is known to break it.
+Three ways lead to a clipped sum. `one-pass` books what one backward pass leaves (`client.privacy.one_pass`); `hooks` takes
+Opacus's gradients of single records; `ghost` takes Opacus's norms, and a second backward pass. `auto` is the first of one-pass and
+hooks that the probe finds right. What follows is the same for all, because it is what the claim rests on: the norm over all
+trained parameters of a record in float32, the clipping, the sum. The guarantee: adding or removing one record changes the
+sum by at most the clipping norm in L2 norm, so that a noised sum (`client.privacy.noise`) is one Gaussian mechanism of that
+sensitivity. It holds only where a record's gradient depends on that record alone; `client.privacy.probe` checks it, and the
+guards here refuse what is known to break it.
 """
 
 import warnings
@@ -13,18 +14,48 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
-from opacus.grad_sample import GradSampleHooks
+from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 from torch import Tensor, nn
 
+from client.privacy.one_pass import OnePass
 from client.privacy.randomness import Keystream
 from shared.errors import SensitivityError
+from shared.run_config import Gradients as Mode
 
 SLACK = 1e-3  # clipping divides by norm x (1 + SLACK), so that rounding never lifts a record above the norm
+METHODS: dict[Mode, tuple[Mode, ...]] = {
+    "auto": ("one-pass", "hooks"),
+    "one-pass": ("one-pass",),
+    "hooks": ("hooks",),
+    "ghost": ("ghost",),
+}
 
-Forward = Callable[[], Tensor]  # () -> losses (B,), one a record, each of that record alone
+
+@dataclass(frozen=True)
+class Objective:
+    """The losses of a batch: `losses(*inputs)` gives (B,), each of that record alone; every input is (B, ...)."""
+
+    inputs: tuple[Tensor, ...]
+    losses: Callable[..., Tensor]
+
+    @property
+    def records(self) -> int:
+        """B: how many were drawn is private."""
+        return len(self.inputs[0])
+
+    def of(self, kept: Tensor) -> "Objective":
+        """The same of the records that the mask (B,) keeps."""
+        return Objective(tuple(part[kept] for part in self.inputs), self.losses)
+
+    def run(self) -> Tensor:
+        """Return the losses (B,)."""
+        losses = self.losses(*self.inputs)
+        if losses.shape != (self.records,):
+            raise SensitivityError("the loss is not one value a record.")
+        return losses
 
 
 @dataclass(frozen=True)
@@ -52,15 +83,146 @@ class Clipping:
         return torch.where(sound, factors, torch.zeros_like(norms))
 
 
-class PerRecordGradients:
-    """Gives each record's gradient of `parameters` (name -> parameter, all inside `module`).
+class Method(Protocol):
+    """One way to a clipped sum, attached to a module."""
 
-    A context manager: Opacus is attached to `module` inside it, and gone after it.
+    def add(self, objective: Objective, clipping: Clipping, sums: dict[str, Tensor]) -> Tensor:
+        """Add the records' clipped gradients to `sums` in place; return their norms (B,) before clipping."""
+
+    def per_record(self, objective: Objective) -> dict[str, Tensor]:
+        """Return each parameter's gradients (B, *shape)."""
+
+    def close(self) -> None:
+        """Leave the module as it was."""
+
+
+class Gradients:
+    """Clips and sums the per-record gradients of `parameters` (name -> parameter, all inside `module`).
+
+    A context manager: inside it the method is attached to `module`, and gone after it.
+
+    Attributes
+    ----------
+    method
+        The one in use. Under `auto` the probe settles it.
     """
 
-    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], mode: Mode = "auto") -> None:
         self.parameters = parameters
+        self.methods = METHODS[mode]
+        self.method: Mode = self.methods[0]
         self._module = module
+        self._attached: Method | None = None
+        self._settings = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._settings.enter_context(_full_float32())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._detach()
+        self._settings.close()
+
+    def use(self, method: Mode) -> None:
+        """Change to another method."""
+        self._detach()
+        self.method = method
+
+    def add(self, objective: Objective, clipping: Clipping, sums: dict[str, Tensor]) -> Tensor:
+        """Add the records' clipped gradients to `sums` in place; return their norms (B,) before clipping.
+
+        Raises
+        ------
+        SensitivityError
+            Where some parameter has no gradient for each record by this method.
+        """
+        with self._without_gradients():
+            return self._attach().add(objective, clipping, sums)
+
+    def per_record(self, objective: Objective) -> dict[str, Tensor]:
+        """Return each parameter's gradients (B, *shape), float32 or double; errors as in `add`."""
+        with self._without_gradients():
+            return self._attach().per_record(objective)
+
+    def alone(self, objective: Objective) -> dict[str, Tensor]:
+        """Return the gradients of the summed losses by plain autograd: the loop that the probe compares with."""
+        self._detach()
+        found = torch.autograd.grad(objective.run().sum(), list(self.parameters.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(parameter) if part is None else part.detach()
+            for (name, parameter), part in zip(self.parameters.items(), found, strict=True)
+        }
+
+    def _attach(self) -> Method:
+        if self._attached is None:
+            kinds: dict[Mode, Callable[..., Method]] = {"one-pass": Booked, "hooks": Hooked, "ghost": Ghost}
+            self._attached = kinds[self.method](self._module, self.parameters)
+        return self._attached
+
+    def _detach(self) -> None:
+        if self._attached is not None:
+            self._attached.close()
+            self._attached = None
+
+    @contextmanager
+    def _without_gradients(self) -> Iterator[None]:
+        """Begin and end with parameters that hold no gradient: what stands there is taken for this pass's."""
+        self._forget()
+        try:
+            yield
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+
+
+class Booked:
+    """One forward and one backward pass, and a book."""
+
+    def __init__(self, _: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+
+    def add(self, objective: Objective, clipping: Clipping, sums: dict[str, Tensor]) -> Tensor:
+        """Add the clipped gradients; see `Gradients.add`."""
+        entries = self._book(objective)
+        with torch.no_grad():
+            norms = torch.stack([entry.squared_norms() for entry in entries.values()]).sum(0).sqrt()
+            factors, kept = clipping.factors(norms), torch.isfinite(norms)
+            clean = None if bool(kept.all()) else kept
+            for name in list(entries):
+                entries.pop(name).add_to(sums[name], factors.to(sums[name].dtype), clean)
+        return norms
+
+    def per_record(self, objective: Objective) -> dict[str, Tensor]:
+        """Return the gradients whole; see `Gradients.per_record`."""
+        entries = self._book(objective)
+        with torch.no_grad():
+            return {name: entries.pop(name).per_record() for name in list(entries)}
+
+    def close(self) -> None:
+        """Nothing is attached between passes."""
+
+    def _book(self, objective: Objective) -> dict[str, Any]:
+        one = OnePass(self._parameters, objective.inputs, objective.records)
+        with one:
+            losses = objective.run()
+            if not losses.requires_grad:
+                raise SensitivityError("the losses depend on no trained parameter.")
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            return one.entries()
+
+
+class Opacus:
+    """Opacus's hooks, and guards against what they get wrong without a word."""
+
+    hooks: Callable[..., Any] = GradSampleHooks
+
+    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        self._parameters = parameters
         self._records = 0
         self._calls: dict[str, int] = {}
         self._padding = {  # rows that autograd gives no gradient, and Opacus does
@@ -71,71 +233,49 @@ class PerRecordGradients:
             if parameter is part.weight
         }
         self._handles = ExitStack()
-
-    def __enter__(self) -> Self:
         self._handles.enter_context(warnings.catch_warnings())
         # Opacus's hooks need no gradient of a layer's input, and frozen layers below have none.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         try:
-            hooks = GradSampleHooks(self._module, loss_reduction="sum", strict=True)
+            self._hooks = self.hooks(module, loss_reduction="sum", strict=True)
         except NotImplementedError as error:
             self._handles.close()
             raise SensitivityError(f"this model has no per-record gradients: {str(error).splitlines()[0]}") from None
-        self._handles.callback(hooks.cleanup)
+        self._handles.callback(self._hooks.cleanup)
         # After Opacus, which copies the layers that it gives to functorch, hooks and all.
-        for name, part in self._module.named_modules():
+        for name, part in module.named_modules():
             if not any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
                 continue
             if isinstance(part, nn.Embedding):
                 self._handles.callback(part.register_forward_pre_hook(self._expand_positions).remove)
             self._handles.callback(part.register_forward_hook(partial(self._look, name)).remove)
-        self._hooks = hooks
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Take the hooks off."""
         self._handles.close()
 
     @contextmanager
-    def detached(self) -> Iterator[None]:
-        """Plain autograd for a while: for the loop that the probe compares with."""
-        self._hooks.disable_hooks()
-        self._records = 0
-        try:
-            yield
-        finally:
-            self._hooks.enable_hooks()
-
-    def of(self, forward: Forward, records: int) -> dict[str, Tensor]:
-        """Return (records, *shape) for each parameter, float32.
-
-        Raises
-        ------
-        SensitivityError
-            Where a trained layer does not see one row a record or is called twice, or a parameter gets no
-            gradient.
-        """
+    def _watching(self, records: int) -> Iterator[None]:
         self._records, self._calls = records, {}
         try:
-            losses = forward()
-            if losses.shape != (records,):
-                raise SensitivityError("the loss is not one value a record.")
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-            return {name: self._sample(name, parameter) for name, parameter in self.parameters.items()}
+            yield
+        except SensitivityError:
+            raise
+        except (
+            RuntimeError,
+            ValueError,
+            AttributeError,
+            TypeError,
+            NotImplementedError,
+            IndexError,
+            KeyError,
+        ) as error:
+            said = str(error).strip().splitlines()
+            raise SensitivityError(
+                f"Opacus cannot give this model's per-record gradients ({type(error).__name__}: {said[0] if said else ''})."
+            ) from error
         finally:
             self._records = 0
-            for parameter in self.parameters.values():
-                parameter.grad = None
-                parameter.grad_sample = None  # type: ignore[attr-defined]
-
-    def _sample(self, name: str, parameter: nn.Parameter) -> Tensor:
-        sample = getattr(parameter, "grad_sample", None)
-        if not isinstance(sample, Tensor) or sample.shape != (self._records, *parameter.shape):
-            raise SensitivityError(
-                f"parameter {name!r} has no gradient for each record; train another part of the model."
-            )
-        if name in self._padding:
-            sample[:, self._padding[name]] = 0.0
-        return sample.float()
 
     def _expand_positions(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Give broadcast position ids (1, T) one row a record: else their gradient would count once a batch."""
@@ -147,8 +287,8 @@ class PerRecordGradients:
             *inputs[1:],
         )
 
-    def _look(self, name: str, _: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
-        """Refuse a trained layer that is called twice, or on something whose first dimension is not the batch."""
+    def _look(self, name: str, part: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
+        """Refuse a trained layer that is called twice, or on something that Opacus would not read record by record."""
         if not self._records:
             return
         self._calls[name] = self._calls.get(name, 0) + 1
@@ -157,10 +297,80 @@ class PerRecordGradients:
             raise SensitivityError(
                 f"layer {name!r} does not see one row a record: a record could count for more than the clipping norm."
             )
+        if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not inputs[0].is_contiguous():
+            raise SensitivityError(f"layer {name!r} sees its input in another order than Opacus reads it.")
         if self._calls[name] > 1:
             raise SensitivityError(
                 f"layer {name!r} is called twice in one pass; per-record gradients are not sure there."
             )
+
+
+class Hooked(Opacus):
+    """Opacus's gradients of single records."""
+
+    def add(self, objective: Objective, clipping: Clipping, sums: dict[str, Tensor]) -> Tensor:
+        """Add the clipped gradients; see `Gradients.add`."""
+        samples = self.per_record(objective)
+        norms = torch.stack([sample.flatten(1).norm(dim=1) for sample in samples.values()]).norm(dim=0)
+        factors, finite = clipping.factors(norms), torch.isfinite(norms)
+        for name, sample in samples.items():
+            kept = (
+                sample if bool(finite.all()) else torch.where(finite.view(-1, *[1] * (sample.dim() - 1)), sample, 0.0)
+            )
+            sums[name] += torch.tensordot(factors, kept, dims=1).to(sums[name].dtype)
+        return norms
+
+    def per_record(self, objective: Objective) -> dict[str, Tensor]:
+        """Return the gradients whole; see `Gradients.per_record`."""
+        with self._watching(objective.records):
+            objective.run().sum().backward()  # type: ignore[no-untyped-call]
+        return {name: self._sample(name, parameter, objective.records) for name, parameter in self._parameters.items()}
+
+    def _sample(self, name: str, parameter: nn.Parameter, records: int) -> Tensor:
+        sample = getattr(parameter, "grad_sample", None)
+        if not isinstance(sample, Tensor) or sample.shape != (records, *parameter.shape):
+            raise SensitivityError(
+                f"parameter {name!r} has no gradient for each record; train another part of the model."
+            )
+        if name in self._padding:
+            sample[:, self._padding[name]] = 0.0
+        return sample if sample.dtype == torch.float64 else sample.float()
+
+
+class Ghost(Opacus):
+    """Opacus's norms, then a second backward pass of the weighted losses."""
+
+    hooks = GradSampleHooksFastGradientClipping
+
+    def add(self, objective: Objective, clipping: Clipping, sums: dict[str, Tensor]) -> Tensor:
+        """Add the clipped gradients; see `Gradients.add`."""
+        if self._padding:
+            raise SensitivityError("Opacus counts an embedding's padding row in the norm, and autograd not in the sum.")
+        with self._watching(objective.records):
+            losses = objective.run()
+            losses.sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
+            norms = self._hooks.get_norm_sample()
+            if norms.shape != losses.shape:
+                raise SensitivityError("Opacus's norms are not one a record.")
+            finite = torch.isfinite(norms)
+            self._hooks.disable_hooks()
+            try:
+                for parameter in self._parameters.values():
+                    parameter.grad = None
+                if not bool(finite.all()):  # a zero weight times a NaN is a NaN: run the others again
+                    losses = objective.of(finite).run()
+                factors = clipping.factors(norms)[finite].to(losses.dtype)
+                (factors * losses).sum().backward()  # type: ignore[no-untyped-call]
+            finally:
+                self._hooks.enable_hooks()
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                sums[name] += parameter.grad.to(sums[name].dtype)
+        return norms
+
+    def per_record(self, objective: Objective) -> dict[str, Tensor]:
+        """Raise: norms are all that this method has."""
+        raise SensitivityError("hardware.gradients='ghost' has no gradients of single records; use 'auto'.")
 
 
 class ClippedSum:
@@ -169,30 +379,21 @@ class ClippedSum:
     Errors name layers and parameters and never a number of records: how many were drawn is private.
     """
 
-    def __init__(self, gradients: PerRecordGradients, clipping: Clipping) -> None:
+    def __init__(self, gradients: Gradients, clipping: Clipping) -> None:
         self.clipping = clipping
         self.dropped = 0  # records whose gradient was not finite: counted here, and never sent
         self._gradients = gradients
         self._sums = {
-            name: torch.zeros_like(value, dtype=torch.float32) for name, value in gradients.parameters.items()
+            name: torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
+            for name, value in gradients.parameters.items()
         }
 
-    def add(self, forward: Forward, records: int) -> Tensor:
-        """Add the clipped gradients of the `records` records whose losses `forward` gives.
-
-        Returns the norm (records,) that each contributed, for the probe.
-        """
-        samples = self._gradients.of(forward, records)
-        norms = torch.stack([sample.flatten(1).norm(dim=1) for sample in samples.values()]).norm(dim=0)
-        factors = self.clipping.factors(norms)
+    def add(self, objective: Objective) -> Tensor:
+        """Add the clipped gradients of a batch; return the norm (B,) that each record contributed, for the probe."""
+        norms = self._gradients.add(objective, self.clipping, self._sums)
         finite = torch.isfinite(norms)
-        self.dropped += records - int(finite.sum())
-        for name, sample in samples.items():
-            kept = (
-                sample if bool(finite.all()) else torch.where(finite.view(-1, *[1] * (sample.dim() - 1)), sample, 0.0)
-            )
-            self._sums[name] += torch.tensordot(factors, kept, dims=1)
-        return torch.where(finite, norms, 0.0) * factors
+        self.dropped += objective.records - int(finite.sum())
+        return torch.where(finite, norms, 0.0) * self.clipping.factors(norms)
 
     def sums(self) -> dict[str, Tensor]:
         """Return the clipped sum, not noised: it must not leave this process."""
@@ -218,3 +419,14 @@ def train_only(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Paramete
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in wanted)
     return {name: parameter for name, parameter in module.named_parameters() if name in wanted}
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Keep TF32 off: ten bits of a product are too few for a norm."""
+    matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution

@@ -12,20 +12,17 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from client.privacy.engine import ClippedSum, Clipping, Forward, PerRecordGradients
+from client.privacy.engine import ClippedSum, Clipping, Gradients, Objective
 from shared.errors import SensitivityError
 
 TOLERANCE = 1e-4  # relative; the sums are float32
 FLOOR = 1e-2  # of the whole gradient: a parameter with less is compared on this scale
 
+Together = Sequence[tuple[Sequence[int], Objective]]
 
-def check(
-    module: nn.Module,
-    gradients: PerRecordGradients,
-    together: Sequence[tuple[Sequence[int], Forward]],
-    alone: Sequence[Forward],
-) -> None:
-    """Compare the engine with the loop.
+
+def check(module: nn.Module, gradients: Gradients, together: Together, alone: Sequence[Objective]) -> None:
+    """Compare the engine with the loop, and leave it at the first of its methods that agrees.
 
     Parameters
     ----------
@@ -33,7 +30,7 @@ def check(
         The model's part that is trained. It computes in double meanwhile: float32 knows a sure prediction's gradient,
         the little that 1 - p leaves, to few digits, and would refuse a right engine.
     gradients
-        The engine under test, attached to `module`.
+        The engine under test.
     together
         Batches: the numbers of the made-up records in each, and their losses.
     alone
@@ -46,16 +43,24 @@ def check(
     Raises
     ------
     SensitivityError
-        Naming the parameter that differs, or the record's contribution.
+        Naming the parameter that differs, or the record's contribution; where several methods were tried, of the last.
     """
     with _in_double(module):
-        _compare(gradients, together, alone)
+        singles = [gradients.alone(objective) for objective in alone]
+        refused: SensitivityError | None = None
+        for method in gradients.methods:
+            gradients.use(method)
+            try:
+                _compare(gradients, together, singles)
+            except SensitivityError as error:
+                refused = error
+            else:
+                return
+        assert refused is not None  # noqa: S101 - there is a method
+        raise refused
 
 
-def _compare(
-    gradients: PerRecordGradients, together: Sequence[tuple[Sequence[int], Forward]], alone: Sequence[Forward]
-) -> None:
-    singles = [_alone(gradients, forward) for forward in alone]
+def _compare(gradients: Gradients, together: Together, singles: Sequence[dict[str, torch.Tensor]]) -> None:
     norms = torch.stack([torch.stack([part.norm() for part in single.values()]).norm() for single in singles])
     finite = norms[torch.isfinite(norms)]  # the engine counts the others as zero, and so does the loop
     if len(finite) and not float(finite.max()) > 0:
@@ -65,12 +70,14 @@ def _compare(
     clipping = Clipping(float(finite.max()) / 2 if len(finite) else 1.0)
     factors = clipping.factors(norms)
     total = ClippedSum(gradients, clipping)
-    for numbers, forward in together:
-        contributed = float(total.add(forward, len(numbers)).max()) / clipping.norm
+    for numbers, objective in together:
+        contributed = float(total.add(objective).max()) / clipping.norm
         if not contributed <= 1 + TOLERANCE:
             raise SensitivityError(
                 f"the probe found a record that contributes {contributed:.4f} x the clipping norm; nothing is released."
             )
+        if len(numbers) != objective.records:
+            raise SensitivityError("the probe's batch has lost a record; nothing is released.")
     parts = {
         name: [single[name] * factor for single, factor in zip(singles, factors, strict=True) if factor > 0]
         for name in gradients.parameters
@@ -117,9 +124,3 @@ def _in_double(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.float()
-
-
-def _alone(gradients: PerRecordGradients, forward: Forward) -> dict[str, torch.Tensor]:
-    with gradients.detached():
-        found = torch.autograd.grad(forward().sum(), list(gradients.parameters.values()))
-    return dict(zip(gradients.parameters, (part.detach().float() for part in found), strict=True))
