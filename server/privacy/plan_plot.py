@@ -9,6 +9,7 @@ from pathlib import Path
 from server.privacy.planning import Planned, Reached
 from server.report import drawing
 from server.report.drawing import COLOURS
+from shared.errors import ConfigError
 
 
 def write(curve: Sequence[Reached], planned: Planned, path: Path) -> None:
@@ -35,10 +36,8 @@ def write(curve: Sequence[Reached], planned: Planned, path: Path) -> None:
         noise.set_ylim(0, None)
         noise.set_xlabel("ε of the run")
         noise.set_title("noise per coordinate", color=COLOURS["ink"])
-        figure.savefig(
-            path,
-            format=path.suffix[1:],
-            facecolor="white",
-            dpi=144,
-            metadata={"Software": None} if path.suffix == ".png" else {"Date": None},
-        )
+        dates = {"Date": None} if path.suffix == ".svg" else None
+        try:
+            figure.savefig(path, format=path.suffix[1:], facecolor="white", dpi=144, metadata=dates)
+        except OSError as error:
+            raise ConfigError(f"--plot {path} cannot be written: {error.strerror}.") from None
