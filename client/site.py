@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tomli_w
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from client.privacy.policy import Policy
-from shared.errors import DataError
+from shared.errors import ConfigError, DataError, RefusedError
 from shared.plan import DatasetCard
 from shared.run_config import NAME_PATTERN, Section, parse, read_toml
 
@@ -26,6 +26,8 @@ class Dataset(Section):
     `id` names the data set for its whole life: its privacy budget is kept under it. `records` is the
     rounded size, public, from which rates and divisors follow. `labels` are all that a record can have: they
     are declared here because a coordinator that could try labels would learn which ones the file holds.
+    `shares_no_records_with` names data sets with accounts in the same ledger, of which the site gives its word
+    that no record of theirs is in this one: a record in two accounts would have two budgets.
     """
 
     id: Name
@@ -36,6 +38,7 @@ class Dataset(Section):
     id_column: str = "id"
     text_column: str = "text"
     label_column: str = "label"
+    shares_no_records_with: tuple[Name, ...] = Field((), strict=False)
 
     def card(self) -> DatasetCard:
         """What the site declares."""
@@ -52,6 +55,7 @@ class Site(Section):
     # Made at first use; decides for ever which records are validation.
     split_key: Path = Field(Path("split.key"), strict=False)
     device: str = "auto"
+    _file: Path | None = PrivateAttr(None)  # where it was read from
 
     @model_validator(mode="before")
     @classmethod
@@ -72,9 +76,31 @@ def load(path: Path) -> Site:
     site = parse(Site, read_toml(path), source=str(path))
     root = path.parent
     dataset = site.dataset.model_copy(update={"path": root / site.dataset.path})
-    return site.model_copy(
-        update={"dataset": dataset, "ledger": root / site.ledger, "split_key": root / site.split_key}
-    )
+    paths = {"dataset": dataset, "ledger": root / site.ledger, "split_key": root / site.split_key}
+    site = site.model_copy(update=paths)
+    site._file = path
+    return site
+
+
+def reread(site: Site) -> Site:
+    """Return the site as its file says now: the owner may have tightened [privacy] while it was at work.
+
+    Raises
+    ------
+    DataError
+        Where the file cannot be read any more. The reason stays at the site.
+    RefusedError
+        Where anything but [privacy] is another than before: what was computed rests on it.
+    """
+    if site._file is None:
+        return site
+    try:
+        now = load(site._file)
+    except ConfigError as error:
+        raise DataError(f"{error} It was changed while the site was at work, so that nothing is sent.") from None
+    if now.model_copy(update={"privacy": site.privacy}) != site:
+        raise RefusedError("this site's site.toml has changed while the answer was made; ask again.")
+    return now
 
 
 def save(site: Site, path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from client import site
 from client.site import Site
-from shared.errors import ConfigError
+from shared.errors import ConfigError, DataError, RefusedError
 
 MINIMAL = """
 name = "clinic"
@@ -41,7 +41,7 @@ def test_paths_are_relative_to_the_file_and_the_rest_has_cautious_defaults(tmp_p
 def test_what_is_saved_is_what_is_loaded(new_site: Callable[..., Site], tmp_path: Path) -> None:
     own = new_site()
     site.save(own, tmp_path / "copy.toml")
-    assert site.load(tmp_path / "copy.toml") == own
+    assert site.load(tmp_path / "copy.toml").model_dump() == own.model_dump()
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,35 @@ def test_a_setting_at_fault_is_named_in_one_line(tmp_path: Path, line: str, othe
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         site.load(tmp_path / "site.toml")
+
+
+def test_a_site_reads_again_what_its_owner_has_tightened_meanwhile(new_site: Callable[..., Site]) -> None:
+    own = new_site()
+    file = own.ledger.parent / "site.toml"
+    assert site.reread(own) == own
+    file.write_text(file.read_text().replace("max_epsilon = 200.0", "max_epsilon = 2.0"))
+    assert site.reread(own).privacy.max_epsilon == 2.0
+    assert site.reread(own).dataset == own.dataset
+
+
+@pytest.mark.parametrize(
+    ("line", "other"), [('device = "cpu"', 'device = "auto"'), ("records = 100", "records = 90"), ("ledger", "#ledger")]
+)
+def test_a_site_that_is_another_than_before_sends_nothing(new_site: Callable[..., Site], line: str, other: str) -> None:
+    own = new_site()
+    file = own.ledger.parent / "site.toml"
+    assert line in file.read_text()
+    file.write_text(file.read_text().replace(line, other, 1).replace("#ledger = ", 'ledger = "new.db"\n#'))
+    with pytest.raises(RefusedError, match=r"site.toml has changed while the answer was made; ask again\.$"):
+        site.reread(own)
+
+
+def test_why_a_site_cannot_read_its_file_again_stays_there(new_site: Callable[..., Site]) -> None:
+    own = new_site()
+    file = own.ledger.parent / "site.toml"
+    file.write_text(file.read_text() + "secret = 1\n")
+    with pytest.raises(DataError, match="secret"):
+        site.reread(own)
+    file.unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        site.reread(own)
