@@ -1,20 +1,24 @@
 """What a site does with a request: check, recall or compute, charge, and only then answer.
 
 The order is the promise. A request that was answered before gets the kept bytes; one that goes beyond the
-policy or the budget is refused before any record is touched; a new answer is in the ledger, with its cost
-and its bytes, before it is returned.
+policy or the budget is refused before any record is touched; what a new answer may cost is reserved before it is
+computed; and it is in the ledger, with its cost and its bytes, before it is returned.
 """
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
 from client import evaluation, training
 from client.privacy import policy
-from client.privacy.ledger import Ledger
+from client.privacy.ledger import PARTS, Ledger, Part, Question
 from client.privacy.randomness import Keystream
 from client.resident import Resident
 from client.site import Site, split_key
@@ -32,10 +36,8 @@ from shared.messages import (
     TrainRequest,
 )
 from shared.models import LoadedModel
-from shared.plan import Part, SitePlan
+from shared.plan import SitePlan
 from shared.run_config import RunConfig, explain
-
-PARTS: tuple[Part, Part] = ("train", "validation")
 
 Randomness = Callable[[str], Keystream]  # request id -> the source of its sampling and noise
 
@@ -72,7 +74,11 @@ def answer(resident: Resident, site: Site, kind: Kind, request: Request, randomn
 def open_ledger(site: Site) -> Ledger:
     """Open the account of the site's dataset."""
     return Ledger.open(
-        site.ledger, dataset=site.dataset.id, delta=site.privacy.delta, max_epsilon=site.privacy.max_epsilon
+        site.ledger,
+        dataset=site.dataset.id,
+        delta=site.privacy.delta,
+        max_epsilon=site.privacy.max_epsilon,
+        apart_from=site.dataset.shares_no_records_with,
     )
 
 
@@ -93,21 +99,15 @@ def _join(
     _check_split(site, ledger)
     resident.parts(site, config)
     card = site.dataset.card()
-    number = len(ledger.spends())
     return JoinReply(
         site.name,
         card.dataset,
         card.records,
         card.validation,
-        ledger_id(site),
-        ledger_number=number,
-        ledger_head=messages.NO_HEAD,
+        ledger_id=ledger.account,
+        ledger_number=ledger.number,
+        ledger_head=ledger.head,
     )
-
-
-def ledger_id(site: Site) -> str:
-    """Name of the dataset's account: of this ledger file and no other."""
-    return hashlib.sha256(f"{site.ledger.resolve()}\0{site.dataset.id}".encode()).hexdigest()[:32]
 
 
 def _configuration(request: Request) -> RunConfig:
@@ -159,17 +159,16 @@ def _check_split(site: Site, ledger: Ledger) -> None:
 
 def _check_budget(site: Site, planned: SitePlan, run: str, part: Part, ledger: Ledger) -> None:
     """Refuse a run whose releases still to come do not fit what is left of the dataset's budget."""
-    spent: dict[tuple[float, float], int] = {}
+    spent: Counter[Release] = Counter()  # steps, by what one step is
     for release in ledger.run_releases(run, part):
-        key = (release.sampling_rate, release.noise_multiplier)
-        spent[key] = spent.get(key, 0) + release.steps
+        spent[replace(release, steps=1)] += release.steps
     left = []
     for release in planned.releases(part):
-        key = (release.sampling_rate, release.noise_multiplier)
-        used = min(spent.get(key, 0), release.steps)
-        spent[key] = spent.get(key, 0) - used
+        step = replace(release, steps=1)
+        used = min(spent[step], release.steps)
+        spent[step] -= used
         if used < release.steps:
-            left.append(Release(release.sampling_rate, release.noise_multiplier, release.steps - used))
+            left.append(replace(release, steps=release.steps - used))
     ledger.check_plan(left, part, allow_unbounded=site.privacy.allow_non_private)
 
 
@@ -183,58 +182,52 @@ def _release(
     ledger: Ledger,
     randomness: Randomness,
 ) -> Reply:
-    """Recall the kept answer, or compute one, charge it, and return what the ledger has kept."""
+    """Recall the kept answer, or reserve, compute and charge one, and return what the ledger has kept."""
     name, digest = messages.request_id(request.run, request.round, kind), messages.request_digest(request)
     reply_kind: type[TrainReply] | type[EvaluateReply] = TrainReply if kind == "train" else EvaluateReply
     part: Part = "train" if kind == "train" else "validation"
-    kept = ledger.recall(request.run, name, digest, request.round, kind)
+    question = Question(request.run, name, digest, request.round, kind, part)
+    kept = ledger.recall(question)
     if kept is None:
         release = _planned_release(config, planned, request)
-        ledger.check_plan([release], part, allow_unbounded=site.privacy.allow_non_private)
-        _check_shapes(resident.model(config, site.device), request.arrays)
-        _same(ledger.pin(request.run, "plan", now := _plan_digest(config, planned)), now, request.run)
-        _check_split(site, ledger)
-        spent = epsilon([*ledger.run_releases(request.run, part), release], config.privacy.delta)
-        private = release.noise_multiplier > 0
-        said = {
-            "mechanism": release.mechanism if private else "none",
-            "noise_source": "aes-256-ctr" if private else "none",
-            "ledger_id": ledger_id(site),
-            "ledger_head": messages.NO_HEAD,
-        }
-        number = len(ledger.spends()) + 1
-        reply: Reply
-        if isinstance(request, TrainRequest):
-            update = training.train(resident, site, config, planned, request, randomness(name))
-            reply = TrainReply(
-                site.name,
-                request.round,
-                update,
-                release.sampling_rate,
-                release.noise_multiplier,
-                release.steps,
-                spent,
-                gradients="hooks",
-                ledger_number=number,
-                **said,
+        unbounded = site.privacy.allow_non_private
+        with ledger.reserve(question, release, allow_unbounded=unbounded):
+            _check_shapes(resident.model(config, site.device), request.arrays)
+            _same(ledger.pin(request.run, "plan", now := _plan_digest(config, planned)), now, request.run)
+            _check_split(site, ledger)
+            spent = epsilon([*ledger.run_releases(request.run, part), release], config.privacy.delta)
+            private = release.noise_multiplier > 0
+            said: dict[str, Any] = {
+                "mechanism": release.mechanism if private else "none",
+                "noise_source": "aes-256-ctr" if private else "none",
+                "ledger_id": ledger.account,
+            }
+            reply: Callable[..., Reply]
+            if isinstance(request, TrainRequest):
+                update = training.train(resident, site, config, planned, request, randomness(name))
+                reply = partial(
+                    TrainReply,
+                    site.name,
+                    request.round,
+                    update,
+                    release.sampling_rate,
+                    release.noise_multiplier,
+                    release.steps,
+                    spent,
+                    gradients="hooks",
+                    **said,
+                )
+            else:
+                histogram = evaluation.evaluate(resident, site, config, planned, request, randomness(name))
+                reply = partial(
+                    EvaluateReply, site.name, request.round, histogram, release.noise_multiplier, spent, **said
+                )
+            kept = ledger.charge(
+                question,
+                release,
+                lambda number, head: messages.to_bytes(reply(ledger_number=number, ledger_head=head)),
+                allow_unbounded=unbounded,
             )
-        else:
-            histogram = evaluation.evaluate(resident, site, config, planned, request, randomness(name))
-            reply = EvaluateReply(
-                site.name, request.round, histogram, release.noise_multiplier, spent, ledger_number=number, **said
-            )
-        kept = ledger.charge(
-            request.run,
-            name,
-            digest,
-            request.round,
-            kind,
-            part,
-            release,
-            messages.to_bytes(reply),
-            None,
-            allow_unbounded=site.privacy.allow_non_private,
-        )
     return messages.from_bytes(kept, reply_kind)
 
 

@@ -17,7 +17,7 @@ from client.answers import Randomness
 from client.privacy.randomness import Keystream
 from client.resident import Resident
 from client.site import Site
-from shared.errors import ConfigError, MoonflowerError, RefusedError, let_interrupts_through
+from shared.errors import BudgetError, ConfigError, MoonflowerError, RefusedError, let_interrupts_through
 from shared.messages import REQUESTS, Kind, Refusal, from_record, to_record
 
 log = logging.getLogger("moonflower.site")
@@ -70,6 +70,8 @@ def build(site_of: SiteOf, randomness: Randomness = lambda _: Keystream.from_sys
 
 def refusal(name: str, error: MoonflowerError) -> Refusal:
     """Say why, where the reason is public; else that the site's log has it (a row's text stays there)."""
+    if isinstance(error, BudgetError) and name != UNKNOWN:
+        return Refusal(name, "exhausted", str(error))
     if isinstance(error, RefusedError | ConfigError) and name != UNKNOWN:
         return Refusal(name, "refused", str(error))
     return Refusal(name, "failed", "the site's data or machine is at fault; its own log says why.")

@@ -18,7 +18,8 @@ from typing import Any, Literal
 from shared.errors import DataError
 
 FORMAT, VERSION = "moonflower-ledger", 1  # of an export
-HEADER: dict[str, type] = {"id": str, "delta": float, "order": int, "opened_at": str}
+NO_HEAD = "0" * 64  # stands for the event before the first; messages.NO_HEAD
+HEADER: dict[str, type] = {"id": str, "account": str, "delta": float, "order": int, "opened_at": str}
 EVENT: dict[str, type] = {
     "number": int,  # from 1
     "run": str,
@@ -32,7 +33,7 @@ EVENT: dict[str, type] = {
     "sampling_rate": float,
     "steps": int,
     "at": str,
-    "previous": str,  # the digest of the event before, "" for the first
+    "previous": str,  # the digest of the event before, NO_HEAD for the first
 }
 
 Values = Mapping[str, Any]
@@ -105,7 +106,7 @@ def verify(export: Values) -> Fault | None:
     """
     try:
         header, events = _parts(export)
-        head = ""
+        head = NO_HEAD
         for number, event in enumerate(events):
             fault = check_next(header, number, head, event)
             if fault and fault.kind == "dropped" and any(other["number"] == number + 1 for other in events):

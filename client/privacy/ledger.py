@@ -7,168 +7,218 @@ refunded.
 
 Later runs are chosen after seeing earlier ones, so `max_epsilon` is enforced by a Rényi filter at one order
 (Feldman and Zrnic 2021, "Individual Privacy Accounting via a Rényi Filter"), which, like delta, is fixed
-when a dataset is first opened. The filter runs under the same write lock as the spend.
+when a dataset is first opened. A round reserves what it may release before it is computed, and is charged before
+it is sent; each under the write lock, and each only where spent, reserved by others and asked fit together.
 
-A file cannot defend itself against whoever may write it: triggers refuse what a mistake would do, not an
-attacker, and a file that is deleted, or put back from an old backup, has forgotten what was spent since.
+A file cannot defend itself against whoever may write it: triggers refuse what a mistake would do, the chain of
+digests shows an edit, and the counter beside the file an older copy. Against whoever rewrites all of it nothing here
+helps; the coordinator's own record of the numbers that it was told does, for its runs.
 """
 
 import math
+import secrets
 import sqlite3
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Self
 
+from client.privacy import ledger_count, ledger_owner
+from client.privacy.account import PARTS, Account, Part, Question, Reservation, Spend, find
+from client.privacy.ledger_count import Count
 from client.privacy.ledger_file import connect, said_in_one_line, transaction
-from shared import accounting
+from shared import accounting, ledger_chain
 from shared.accounting import Release
-from shared.errors import ConfigError, PolicyError, RetryError
+from shared.errors import BudgetError, ConfigError, DatabaseError, PolicyError, RetryError
 
-Part = Literal["train", "validation"]
-
-
-@dataclass(frozen=True)
-class Spend:
-    """One charged reply: which request it answered, what it released, and its price at the filter's order."""
-
-    run: str
-    request_id: str
-    digest: str
-    sequence: int
-    kind: str
-    part: Part
-    release: Release
-    rdp: float
-    at: datetime
+__all__ = ["PARTS", "Account", "Ledger", "Part", "Question", "Reservation", "Spend"]
 
 
-class Ledger:
-    """The account of one dataset; get it from `open`, in the process and thread that use it.
+class Ledger(Account):
+    """An account that can be charged; get it from `open`, in the process and thread that use it.
 
     Every error of the file, the disk or SQLite comes as a `DatabaseError` of one line; what was charged
     before it stays charged, and what was not is not sent.
 
     Attributes
     ----------
-    dataset, delta, order, max_epsilon
-        The declared id; delta and the filter's order, fixed for the dataset's life; the site's limit now.
+    max_epsilon
+        The site's limit on the dataset's life, as of this opening.
     """
 
     def __init__(
-        self,
-        path: Path,
-        connection: sqlite3.Connection,
-        dataset: str,
-        delta: float,
-        order: int,
-        max_epsilon: float,
+        self, path: Path, connection: sqlite3.Connection, header: dict[str, Any], max_epsilon: float = math.inf
     ) -> None:
-        self.path, self._connection = path, connection
-        self.dataset, self.delta, self.order, self.max_epsilon = dataset, delta, order, max_epsilon
+        super().__init__(path, connection, header)
+        self.max_epsilon = max_epsilon
+        self._owner: ledger_owner.Owner | None = None
+        self._open: set[tuple[str, str]] = set()  # (run, request) that this ledger has reserved
 
     @classmethod
-    def open(cls, path: Path, *, dataset: str, delta: float, max_epsilon: float, order: int | None = None) -> Self:
+    def open(
+        cls,
+        path: Path,
+        *,
+        dataset: str,
+        delta: float,
+        max_epsilon: float,
+        order: int | None = None,
+        apart_from: Iterable[str] = (),
+    ) -> Self:
         """Open the account of `dataset` in the file, which is made (mode 0600) when it does not exist.
 
-        `order` is the Rényi filter's; without it, a new dataset gets `accounting.best_order` of the limit.
-        `max_epsilon` may change from one opening to the next, and holds from then on.
+        The whole chain is verified, the counter compared and raised, and what processes that died had reserved
+        is given back.
+
+        Parameters
+        ----------
+        max_epsilon
+            May change from one opening to the next, and holds from then on.
+        order
+            The Rényi filter's; without it, a new dataset gets `accounting.best_order` of the limit.
+        apart_from
+            Datasets of which the site says that they share no record with this one. Every other dataset in
+            the file that has spent must be among them: else a record could pay in one account and not the other.
 
         Raises
         ------
         ConfigError
-            If delta or order differ from those that the dataset was opened with at first, or the limit is
-            not above 0.
+            If delta or order differ from those that the dataset was opened with at first, the limit is
+            not above 0, or another dataset in the file has spent and is not named in `apart_from`.
         DatabaseError
-            If the file is not a ledger of this version, or cannot be written.
+            If the file is not a ledger of this version, cannot be written, holds a broken chain, or if its
+            counter has seen more, or other, events.
         """
         best = accounting.best_order(max_epsilon, delta)  # refuses bad values before a file is made
+        _refuse_a_lost_file(path)
         connection = connect(path)
         try:
             with transaction(path, connection):
-                first = connection.execute("SELECT delta, rdp_order FROM datasets WHERE id = ?", [dataset]).fetchone()
-                if first is None:
-                    first = (delta, best if order is None else order)
-                    accounting.rdp_budget(max_epsilon, *first)  # refuses an order that is none
-                    connection.execute("INSERT INTO datasets VALUES (?, ?, ?, ?)", [dataset, *first, _now()])
-                if delta != first[0] or order not in (None, first[1]):
+                header = find(connection, dataset)
+                if header is None:
+                    _refuse_a_lost_account(path, dataset)
+                    header = _new_account(connection, dataset, delta, best if order is None else order, max_epsilon)
+                if delta != header["delta"] or order not in (None, header["order"]):
                     raise ConfigError(
                         f"delta={delta} and Rényi order={order or 'as before'} were asked for dataset "
-                        f"{dataset!r}, whose account was opened with delta={first[0]} and order={first[1]}, "
+                        f"{dataset!r}, whose account was opened with delta={header['delta']} and order={header['order']}, "
                         "for its whole life: set those again (site.toml, [privacy] delta)."
                     )
+                _refuse_shared_records(connection, dataset, set(apart_from))
+                ledger = cls(path, connection, header, max_epsilon)
+                ledger._read_on()
+                ledger._check_count()
+                ledger._raise_count()
+                ledger._recover()
         except BaseException:
             connection.close()
             raise
-        return cls(path, connection, dataset, delta, first[1], max_epsilon)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        return ledger
 
     def close(self) -> None:
-        """Close the file. What was charged is on disk already."""
-        self._connection.close()
+        """Close the file. What was charged is on disk already; what is still reserved is given back."""
+        try:
+            self._connection.close()
+        finally:
+            if self._owner is not None:
+                self._owner.close()
+                self._owner = None
 
-    def recall(self, run: str, request_id: str, digest: str, sequence: int, kind: str) -> bytes | None:
-        """Return the kept reply if this very request was answered before, None if it is new.
+    def recall(self, question: Question) -> bytes | None:
+        """Return the kept reply if this very question was answered before, None if it is new.
 
         Raises
         ------
         RetryError
-            If the id was answered with another digest or kind, or if a request of the same run and kind with
-            a larger `sequence` (round number) was answered: many noisy copies of one answer would average
-            the noise away, so a superseded or differing request is never computed again.
+            If the id was answered with another digest or kind, or if a question of the same run and kind of
+            a later round was answered: many noisy copies of one answer would average
+            the noise away, so a superseded or differing question is never computed again.
         """
+        run, name, kind = question.run, question.name, question.kind
         with said_in_one_line(self.path):
             row = self._connection.execute(
                 "SELECT digest, kind, reply FROM spends LEFT JOIN replies ON spend = id "
                 "WHERE dataset = ? AND run = ? AND request = ?",
-                [self.dataset, run, request_id],
+                [self.dataset, run, name],
             ).fetchone()
             (newest,) = self._connection.execute(
-                "SELECT max(sequence) FROM spends WHERE dataset = ? AND run = ? AND kind = ?",
+                "SELECT max(round) FROM spends WHERE dataset = ? AND run = ? AND kind = ?",
                 [self.dataset, run, kind],
             ).fetchone()
-        if row is not None and (row[0], row[1]) != (digest, kind):
+        if row is not None and (row[0], row[1]) != (question.digest, kind):
             raise RetryError(
-                f"Request {request_id!r} of run {run!r} was answered as {row[1]!r} with digest {row[0]}, and "
-                f"now comes as {kind!r} with {digest}: send a changed request under an id of its own."
+                f"Request {name!r} of run {run!r} was answered as {row[1]!r} with digest {row[0]}, and "
+                f"now comes as {kind!r} with {question.digest}: send a changed request under an id of its own."
             )
-        if (newest is not None and newest > sequence) or (row is not None and row[2] is None):
+        if (newest is not None and newest > question.round) or (row is not None and row[2] is None):
             raise RetryError(
-                f"Request {request_id!r} of run {run!r} ({kind}, round {sequence}) is superseded: "
+                f"Request {name!r} of run {run!r} ({kind}, round {question.round}) is superseded: "
                 f"round {newest} was answered, and an earlier one never is again."
             )
         return None if row is None else bytes(row[2])
 
+    @contextmanager
+    def reserve(self, question: Question, release: Release, *, allow_unbounded: bool = False) -> Iterator[None]:
+        """Hold the budget of an answer while it is computed; `charge` inside it turns it into the event.
+
+        What was not charged is given back at the end, whatever ended it. After a crash it is given back at the
+        next opening of the ledger, or held by the same question when that is asked again. Two processes
+        that answer one question hold its budget once, for one answer only is ever charged.
+
+        Parameters
+        ----------
+        release
+            The most that the answer may release.
+        allow_unbounded
+            As for `charge`.
+
+        Raises
+        ------
+        BudgetError
+            If it does not fit beside what is spent and what others have reserved.
+        """
+        key = (question.run, question.name)
+        with transaction(self.path, self._connection):
+            self._refuse_beyond_budget([release], question.part, "This release", allow_unbounded, key)
+            if self._owner is None:
+                self._owner = ledger_owner.Owner(self.path)
+            values = {"dataset": self.dataset, "owner": self._owner.token} | _columns(question, release)
+            self._insert("INSERT OR REPLACE", "reservations", values)
+        self._open.add(key)
+        try:
+            yield
+        finally:
+            if key in self._open:
+                with transaction(self.path, self._connection):
+                    self._connection.execute(
+                        "DELETE FROM reservations WHERE dataset = ? AND run = ? AND request = ? AND owner = ?",
+                        [self.dataset, *key, self._owner.token],
+                    )
+                self._open.discard(key)
+
     def charge(
         self,
-        run: str,
-        request_id: str,
-        digest: str,
-        sequence: int,
-        kind: str,
-        part: Part,
+        question: Question,
         release: Release,
-        reply: bytes,
-        state: bytes | None,
+        reply: Callable[[int, str], bytes],
+        state: bytes | None = None,
         *,
         allow_unbounded: bool = False,
     ) -> bytes:
         """Spend, and keep the reply and the state, in one durable commit; return the bytes to send.
 
-        Those are `reply`, unless another process answered the same request meanwhile: then nothing is
-        spent or kept here, and its bytes are returned. Call it before sending, and send only what it
-        returns. A crash before its return may have charged a reply that was never sent, never the reverse.
-        Earlier rounds' replies of the same run and kind are dropped; `state` (None keeps the last) replaces
-        that of the same run and kind.
+        If another process answered the same question meanwhile, nothing is spent or kept here, and its bytes are
+        returned. Call it before sending, and send only what it returns. A crash before its return
+        may have charged a reply that was never sent, never the reverse. Earlier rounds' replies of the same
+        run and kind are dropped; `state` (None keeps the last) replaces that of the same run and kind.
 
         Parameters
         ----------
+        reply
+            Makes the bytes from the event's number in the chain and the digest of the event before it. It is
+            called under the write lock, so it should be quick.
         allow_unbounded
             The site's [privacy] allow_non_private: accept a release without noise, which makes the part's
             epsilon inf for ever, and whatever comes after one. Before that the filter holds all the same.
@@ -177,58 +227,41 @@ class Ledger:
         ------
         RetryError
             As `recall`, checked again under the write lock.
-        PolicyError
-            If the release does not fit into what is left of `max_epsilon`. Nothing is written.
+        BudgetError
+            If the release does not fit into what is left of `max_epsilon`: that is checked again too, so the
+            limit holds even for what was never reserved. Nothing is written.
         """
-        price = accounting.rdp(release, self.order)
+        key = (question.run, question.name)
         with transaction(self.path, self._connection):
-            kept = self.recall(run, request_id, digest, sequence, kind)
+            kept = self.recall(question)
             if kept is not None:
                 return kept
-            self._refuse_beyond_budget(price, part, "This release", allow_unbounded)
+            self._refuse_beyond_budget([release], question.part, "This release", allow_unbounded, key)
+            number, head = self.number + 1, self.head
+            event = {"number": number, "previous": head} | _columns(question, release)
+            event["row"] = ledger_chain.row_digest(self._header, event)
+            answer = reply(number, head)
+            spend = self._insert("INSERT", "spends", {"dataset": self.dataset} | event)
             execute = self._connection.execute
-            event = [release.sampling_rate, release.noise_multiplier, release.steps, price, _now()]
-            spend = execute(
-                "INSERT INTO spends (dataset, run, request, digest, sequence, kind, part, sampling_rate, "
-                "noise_multiplier, steps, rdp, at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [self.dataset, run, request_id, digest, sequence, kind, part, *event],
-            ).lastrowid
-            execute("INSERT INTO replies VALUES (?, ?)", [spend, reply])
+            execute("INSERT INTO replies VALUES (?, ?)", [spend, answer])
             execute(
                 "DELETE FROM replies WHERE spend IN (SELECT id FROM spends "
-                "WHERE dataset = ? AND run = ? AND kind = ? AND sequence < ?)",
-                [self.dataset, run, kind, sequence],
+                "WHERE dataset = ? AND run = ? AND kind = ? AND round < ?)",
+                [self.dataset, question.run, question.kind, question.round],
             )
+            execute("DELETE FROM reservations WHERE dataset = ? AND run = ? AND request = ?", [self.dataset, *key])
             if state is not None:
-                execute("INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?)", [self.dataset, run, kind, state])
-        return reply
+                kept_under = [self.dataset, question.run, question.kind]
+                execute("INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?)", [*kept_under, state])
+        self._open.discard(key)
+        with transaction(self.path, self._connection):
+            self._read_on()
+            self._raise_count()
+        return answer
 
     def check_plan(self, releases: Iterable[Release], part: Part, *, allow_unbounded: bool = False) -> None:
-        """Raise PolicyError unless all of a run's releases still to come fit together; spend nothing."""
-        price = math.fsum(accounting.rdp(release, self.order) for release in releases)
-        self._refuse_beyond_budget(price, part, "The planned run", allow_unbounded)
-
-    def run_releases(self, run: str, part: Part) -> list[Release]:
-        """Return what the run has released from the part, over all its attempts, in the order of charging."""
-        return [spend.release for spend in self.spends() if (spend.run, spend.part) == (run, part)]
-
-    def run_epsilon(self, run: str, part: Part, delta: float) -> float:
-        """Epsilon of what the run has released from the part so far, by PLD: a run is planned in advance."""
-        return accounting.epsilon(self.run_releases(run, part), delta)
-
-    def lifetime_epsilon(self, part: Part | None = None) -> float:
-        """Epsilon of all releases from the part (None: the larger part's), as the filter bounds it.
-
-        At a fixed order even a small spend has a large epsilon: the first one starts near
-        log(1 / delta) / (order - 1), and the figure is close only as it nears the limit.
-        """
-        if part is None:
-            return max(self.lifetime_epsilon("train"), self.lifetime_epsilon("validation"))
-        return accounting.rdp_to_epsilon(self._spent(part), self.order, self.delta)
-
-    def planned_epsilon(self, part: Part) -> float:
-        """Epsilon of the same releases by PLD, "if planned in advance": a comparison, not a bound."""
-        return accounting.epsilon((s.release for s in self.spends() if s.part == part), self.delta)
+        """Raise BudgetError unless all of a run's releases still to come fit together; reserve and spend nothing."""
+        self._refuse_beyond_budget(releases, part, "The planned run", allow_unbounded)
 
     def state(self, run: str, kind: str) -> bytes | None:
         """Return the state kept with the run's last charge of that kind; it is private to the site."""
@@ -249,26 +282,50 @@ class Ledger:
             )
             return self.state(run, kind) or value
 
-    def spends(self) -> list[Spend]:
-        """Return all spends of the dataset, in the order of charging."""
-        query = (
-            "SELECT run, request, digest, sequence, kind, part, sampling_rate, noise_multiplier, steps, rdp, "
-            "at FROM spends WHERE dataset = ? ORDER BY id"
-        )
-        with said_in_one_line(self.path):
-            rows = self._connection.execute(query, [self.dataset]).fetchall()
-        return [
-            Spend(run, request, digest, sequence, kind, part, Release(rate, noise, steps), rdp, _time(at))
-            for run, request, digest, sequence, kind, part, rate, noise, steps, rdp, at in rows
-        ]
+    def _insert(self, verb: str, table: str, values: dict[str, Any]) -> int | None:
+        names, places = ", ".join(values), ", ".join("?" * len(values))
+        return self._connection.execute(
+            f"{verb} INTO {table} ({names}) VALUES ({places})",
+            list(values.values()),
+        ).lastrowid
 
-    def _spent(self, part: Part) -> float:
-        query = "SELECT total(rdp) FROM spends WHERE dataset = ? AND part = ?"
-        with said_in_one_line(self.path):
-            return float(self._connection.execute(query, [self.dataset, part]).fetchone()[0])
+    def _raise_count(self) -> None:
+        """Bring the counter up to what was read, which is durable; under the write lock."""
+        now = Count(self.number, self.head)
+        if ledger_count.read(self.path).get(self.dataset) != now:
+            ledger_count.write(self.path, self.dataset, now)
 
-    def _refuse_beyond_budget(self, price: float, part: Part, what: str, allow_unbounded: bool) -> None:
-        spent = self._spent(part)
+    def _recover(self) -> None:
+        """Give back what owners that are dead had reserved; under the write lock."""
+        execute = self._connection.execute
+        for (owner,) in execute("SELECT DISTINCT owner FROM reservations").fetchall():
+            if not ledger_owner.lives(self.path, owner):
+                execute("DELETE FROM reservations WHERE owner = ?", [owner])
+        ledger_owner.tidy(self.path)
+
+    def _reserved_by_others(self, part: Part, key: tuple[str, str] | None) -> float:
+        """Sum the open reservations of other questions: the dearest of each, for one answer only can be charged.
+
+        What has no noise is left out: the site has allowed it, and until it is charged the limit holds for the rest.
+        """
+        dearest: dict[tuple[str, str], float] = {}
+        for held in self.reservations():
+            asked = (held.question.run, held.question.name)
+            price = self._price(held.release)
+            if held.question.part == part and asked != key and math.isfinite(price):
+                dearest[asked] = max(price, dearest.get(asked, 0.0))
+        return math.fsum(dearest.values())
+
+    def _refuse_beyond_budget(
+        self,
+        releases: Iterable[Release],
+        part: Part,
+        what: str,
+        allow_unbounded: bool,
+        key: tuple[str, str] | None = None,
+    ) -> None:
+        price = math.fsum(self._price(release) for release in releases)
+        spent, reserved = self._spent(part), self._reserved_by_others(part, key)
         where = f"of dataset {self.dataset!r}, part {part!r},"
         if math.isinf(price) or math.isinf(spent):
             if allow_unbounded:
@@ -280,19 +337,53 @@ class Ledger:
             )
             raise PolicyError(f"{reason} (site.toml, [privacy] allow_non_private).")
         budget = accounting.rdp_budget(self.max_epsilon, self.delta, self.order)
-        if spent + price > budget:
-            now, then = (accounting.rdp_to_epsilon(r, self.order, self.delta) for r in (spent, spent + price))
-            raise PolicyError(
+        if spent + reserved + price > budget:
+            total = spent + reserved + price
+            now, then = (accounting.rdp_to_epsilon(r, self.order, self.delta) for r in (spent, total))
+            others = f" and {reserved:.4g} reserved by rounds under way" if reserved else ""
+            raise BudgetError(
                 f"{what} would take the lifetime epsilon {where} from {now:.3f} to {then:.3f}, above the "
                 f"limit of {self.max_epsilon:g} at delta={self.delta:g} (site.toml, [privacy] max_epsilon). "
-                f"In the Rényi filter of order {self.order}, {spent:.4g} is spent, {price:.4g} asked and "
-                f"{max(budget - spent, 0.0):.4g} left."
+                f"In the Rényi filter of order {self.order}, {spent:.4g} is spent{others}, {price:.4g} asked and "
+                f"{max(budget - spent - reserved, 0.0):.4g} left."
             )
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat()
+def _columns(question: Question, release: Release) -> dict[str, Any]:
+    """Return an event's or a reservation's own values, by column."""
+    values = asdict(question) | asdict(release) | {"at": datetime.now(UTC).isoformat()}
+    return values | {"request": values.pop("name")}
 
 
-def _time(at: str) -> datetime:
-    return datetime.fromisoformat(at)
+def _new_account(
+    connection: sqlite3.Connection, dataset: str, delta: float, order: int, max_epsilon: float
+) -> dict[str, Any]:
+    accounting.rdp_budget(max_epsilon, delta, order)  # refuses an order that is none
+    now = datetime.now(UTC).isoformat()
+    header = dict(zip(ledger_chain.HEADER, (dataset, secrets.token_hex(16), delta, order, now), strict=True))
+    connection.execute("INSERT INTO datasets VALUES (?, ?, ?, ?, ?)", list(header.values()))
+    return header
+
+
+def _refuse_shared_records(connection: sqlite3.Connection, dataset: str, apart_from: set[str]) -> None:
+    for (other,) in connection.execute("SELECT DISTINCT dataset FROM spends ORDER BY dataset").fetchall():
+        if other != dataset and other not in apart_from:
+            raise ConfigError(
+                f"dataset.id={dataset!r} is another account than {other!r}, which has spent in the same ledger: if no record "
+                f"is in both, say so (site.toml, [dataset] shares_no_records_with = [{other!r}]); if one is, keep the old id."
+            )
+
+
+def _refuse_a_lost_file(path: Path) -> None:
+    with said_in_one_line(path):
+        counts = {name: count for name, count in ledger_count.read(path).items() if count.number}
+        if counts and not path.exists():  # in this order: a ledger is there before its counter counts
+            name, count = next(iter(counts.items()))
+            raise DatabaseError(
+                f"The ledger {path} is missing, and its counter has seen {count.number} events of dataset {name!r}. Nothing "
+                f"is sent. Restore the newest copy ({ledger_count.GUIDE})."
+            )
+
+
+def _refuse_a_lost_account(path: Path, dataset: str) -> None:
+    ledger_count.check(path, dataset, ledger_count.read(path).get(dataset) or Count(0, ledger_chain.NO_HEAD), 0, None)

@@ -11,32 +11,54 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from client.privacy.ledger_count import sync_folder
 from shared.errors import DatabaseError
 
-_APPLICATION, _VERSION = 0x4D6F6F6E, 1  # "Moon"; the version of the schema below
+_APPLICATION, _VERSION = 0x4D6F6F6E, 2  # "Moon"; the version of the schema below
 _BUSY_SECONDS = 30.0  # how long to wait for another process's transaction
 _SCHEMA = """
 CREATE TABLE datasets (
     id TEXT PRIMARY KEY,
+    account TEXT NOT NULL,
     delta REAL NOT NULL,
     rdp_order INTEGER NOT NULL,
-    at TEXT NOT NULL
+    opened_at TEXT NOT NULL
 );
 CREATE TABLE spends (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     dataset TEXT NOT NULL REFERENCES datasets,
+    number INTEGER NOT NULL CHECK (number > 0),
     run TEXT NOT NULL,
-    request TEXT NOT NULL,
-    digest TEXT NOT NULL,
-    sequence INTEGER NOT NULL,
+    round INTEGER NOT NULL,
     kind TEXT NOT NULL,
     part TEXT NOT NULL CHECK (part IN ('train', 'validation')),
-    sampling_rate REAL NOT NULL,
+    request TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    mechanism TEXT NOT NULL,
     noise_multiplier REAL NOT NULL,
+    sampling_rate REAL NOT NULL,
     steps INTEGER NOT NULL,
-    rdp REAL NOT NULL CHECK (rdp >= 0),
     at TEXT NOT NULL,
+    previous TEXT NOT NULL,
+    row TEXT NOT NULL,
+    UNIQUE (dataset, number),
     UNIQUE (dataset, run, request)
+);
+CREATE TABLE reservations (
+    dataset TEXT NOT NULL REFERENCES datasets,
+    run TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    kind TEXT NOT NULL,
+    part TEXT NOT NULL CHECK (part IN ('train', 'validation')),
+    request TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    mechanism TEXT NOT NULL,
+    noise_multiplier REAL NOT NULL,
+    sampling_rate REAL NOT NULL,
+    steps INTEGER NOT NULL,
+    at TEXT NOT NULL,
+    owner TEXT NOT NULL,
+    PRIMARY KEY (dataset, run, request, owner)
 );
 CREATE TABLE replies (spend INTEGER PRIMARY KEY REFERENCES spends, reply BLOB NOT NULL);
 CREATE TABLE states (
@@ -51,7 +73,8 @@ CREATE TRIGGER spends_delete BEFORE DELETE ON spends BEGIN SELECT RAISE (ABORT, 
 CREATE TRIGGER spends_replace BEFORE INSERT ON spends
 WHEN EXISTS (
     SELECT 1 FROM spends
-    WHERE id = NEW.id OR (dataset = NEW.dataset AND run = NEW.run AND request = NEW.request)
+    WHERE id = NEW.id
+    OR (dataset = NEW.dataset AND (number = NEW.number OR (run = NEW.run AND request = NEW.request)))
 ) BEGIN SELECT RAISE (ABORT, 'append-only'); END;
 CREATE TRIGGER datasets_update BEFORE UPDATE ON datasets BEGIN SELECT RAISE (ABORT, 'append-only'); END;
 CREATE TRIGGER datasets_delete BEFORE DELETE ON datasets BEGIN SELECT RAISE (ABORT, 'append-only'); END;
@@ -60,8 +83,10 @@ WHEN EXISTS (SELECT 1 FROM datasets WHERE id = NEW.id) BEGIN SELECT RAISE (ABORT
 """
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """Open the ledger's file, made with mode 0600 if there is none; the caller begins its transactions.
+def connect(path: Path, *, to_write: bool = True) -> sqlite3.Connection:
+    """Open the ledger's file; the caller begins its transactions.
+
+    To write, it is made with mode 0600 if there is none; to read, it is left as it is.
 
     Raises
     ------
@@ -70,15 +95,19 @@ def connect(path: Path) -> sqlite3.Connection:
         opened. An empty file is refused too: a ledger that lost its content must not start anew.
     """
     with said_in_one_line(path):
-        if not path.exists():
-            _create(path)
-        if path.stat().st_mode & 0o077:
-            path.chmod(0o600)
+        if to_write:
+            if not path.exists():
+                _create(path)
+            if path.stat().st_mode & 0o077:
+                path.chmod(0o600)
         connection = sqlite3.connect(
-            f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=_BUSY_SECONDS, isolation_level=None
+            f"{path.resolve().as_uri()}?mode={'rw' if to_write else 'ro'}",
+            uri=True,
+            timeout=_BUSY_SECONDS,
+            isolation_level=None,
         )
         try:
-            _check(path, connection)
+            _check(path, connection, to_write)
         except BaseException:
             connection.close()
             raise
@@ -113,7 +142,7 @@ def said_in_one_line(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _check(path: Path, connection: sqlite3.Connection) -> None:
+def _check(path: Path, connection: sqlite3.Connection, to_write: bool) -> None:
     def pragma(name: str) -> object:
         return connection.execute(f"PRAGMA {name}").fetchone()[0]
 
@@ -127,6 +156,8 @@ def _check(path: Path, connection: sqlite3.Connection) -> None:
         )
     if pragma("journal_mode") != "wal":
         raise DatabaseError(f"{path} is on a file system without a write-ahead log: move it to a local disk.")
+    if not to_write:
+        return
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
     connection.execute(f"PRAGMA user_version = {_VERSION}")  # a write: better refused now than after training
@@ -151,8 +182,4 @@ def _create(path: Path) -> None:
             path.hardlink_to(draft)
     finally:
         draft.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)

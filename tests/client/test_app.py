@@ -73,14 +73,13 @@ def test_every_message_of_a_run_holds_its_declared_fields_of_public_values_and_r
         assert {item.name: getattr(reply, item.name) for item in fields(reply) if item.name not in released} == expected
         # What is released is in the ledger, to the bit, where the newest of each kind is kept.
         with answers.open_ledger(own) as ledger:
-            kinds = {(spend.kind, spend.sequence): spend for spend in ledger.spends()}
+            spends = {(spend.question.kind, spend.question.round): spend for spend in ledger.spends()}
             if released:
                 kind = "train" if isinstance(reply, TrainReply) else "evaluate"
-                spend = kinds[kind, reply.round]
+                spend = spends[kind, reply.round]
                 assert spend.release.noise_multiplier == reply.noise_multiplier > 0
-                last = max(sequence for k, sequence in kinds if k == kind)
-                if reply.round == last:
-                    assert ledger.recall(run, spend.request_id, spend.digest, last, kind) == messages.to_bytes(reply)
+                if reply.round == max(number for k, number in spends if k == kind):
+                    assert ledger.recall(spend.question) == messages.to_bytes(reply)
     assert seen == {"JoinReply": 3, "TrainReply": 15, "EvaluateReply": 9, "Refusal": 0}
 
 
@@ -88,20 +87,30 @@ def public_values(own: Site, config: RunConfig, reply: Any) -> tuple[dict[str, A
     """Compute a reply's public values from public values; name the fields that are released."""
     card = own.dataset.card()
     planned = plan.make(config, card)
+    with answers.open_ledger(own) as ledger:
+        account = ledger.account
     if isinstance(reply, JoinReply):
         return {
             "site": own.name,
             "dataset": card.dataset,
             "records": card.records,
             "validation": card.validation,
+            "ledger_id": account,
+            "ledger_number": 0,
+            "ledger_head": messages.NO_HEAD,
         }, set()
     with answers.open_ledger(own) as ledger:
         part, kind = ("train", "train") if isinstance(reply, TrainReply) else ("validation", "evaluate")
-        until = [s.release for s in ledger.spends() if s.kind == kind and s.sequence <= reply.round]
+        until = [s for s in ledger.spends() if s.question.kind == kind and s.question.round <= reply.round]
     common = {
         "site": own.name,
         "round": reply.round,
-        "epsilon": pytest.approx(answers.epsilon(until, config.privacy.delta)),
+        "epsilon": pytest.approx(answers.epsilon([s.release for s in until], config.privacy.delta)),
+        "mechanism": "gaussian",
+        "noise_source": "aes-256-ctr",
+        "ledger_id": account,
+        "ledger_number": until[-1].number,
+        "ledger_head": until[-1].previous,
     }
     if part == "validation":
         return common | {"noise_multiplier": planned.evaluation_noise}, {"histogram"}
@@ -110,6 +119,7 @@ def public_values(own: Site, config: RunConfig, reply: Any) -> tuple[dict[str, A
         "sampling_rate": phase.sampling_rate,
         "noise_multiplier": phase.noise_multiplier,
         "steps": phase.steps_per_round,
+        "gradients": next(word for word in messages.GRADIENTS if word == reply.gradients),
     }, {"update"}
 
 

@@ -114,7 +114,7 @@ class Federation:
         """What a site's ledger file holds, read without Moonflower."""
         rows = ask(
             self.run(run) / "sites" / site / "ledger.db",
-            "SELECT run, request, sequence, part, sampling_rate, noise_multiplier, steps FROM spends ORDER BY id",
+            "SELECT run, request, round, part, sampling_rate, noise_multiplier, steps FROM spends ORDER BY id",
         )
         return [LedgerRow(*row) for row in rows]
 
@@ -143,7 +143,7 @@ class Federation:
             asked = [row.request for row in spends]
             expected = [f"{run}/{number}/{kind}" for number in range(1, rounds + 1) for kind in ("train", "evaluate")]
             assert asked == expected, f"{site}: the ledger has not one spend for each release"
-            in_ledger = [(row.sequence, row.part, row.noise_multiplier, row.sampling_rate, row.steps) for row in spends]
+            in_ledger = [(row.round, row.part, row.noise_multiplier, row.sampling_rate, row.steps) for row in spends]
             in_history = [
                 (number, item.part, item.noise_multiplier, item.sampling_rate, item.steps)
                 for number, item in told
@@ -152,7 +152,7 @@ class Federation:
             assert sorted(in_history) == sorted(in_ledger), f"{site}: history and ledger differ"
             for number, item in told:
                 if item.site == site and private and number in {1, rounds // 2, rounds}:
-                    so_far = [row for row in spends if row.part == item.part and row.sequence <= number]
+                    so_far = [row for row in spends if row.part == item.part and row.round <= number]
                     assert item.epsilon == pytest.approx(epsilon(so_far, item.delta), rel=5e-3)
                     assert item.epsilon <= item.budget
                 if item.site == site and not private:
@@ -179,7 +179,7 @@ class LedgerRow:
 
     run: str
     request: str
-    sequence: int
+    round: int
     part: str
     sampling_rate: float
     noise_multiplier: float

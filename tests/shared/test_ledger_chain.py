@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from shared import ledger_chain
+from shared import ledger_chain, messages
 from shared.errors import DataError
 
-HEADER = {"id": "notes", "delta": 1e-5, "order": 4, "opened_at": "2026-01-01T00:00:00+00:00"}
+HEADER = {"id": "notes", "account": "ab" * 16, "delta": 1e-5, "order": 4, "opened_at": "2026-01-01T00:00:00+00:00"}
 
 
 def exported(count: int = 5) -> dict[str, Any]:
     events: list[dict[str, Any]] = []
-    head = ""
+    head = messages.NO_HEAD
     for number in range(1, count + 1):
         event = {
             "number": number,
@@ -92,6 +92,10 @@ def test_an_edit_whose_digest_was_made_anew_is_found_by_the_next_event() -> None
     event["noise_multiplier"] = 9.0
     event["row"] = ledger_chain.row_digest(HEADER, event)
     assert fault(export) == ("dropped", 6)
+
+
+def test_both_sides_of_the_network_write_the_same_head_before_the_first() -> None:
+    assert ledger_chain.NO_HEAD == messages.NO_HEAD == exported()["events"][0]["previous"]
 
 
 def drop(number: int) -> Callable[[list[Any]], None]:

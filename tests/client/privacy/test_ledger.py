@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from client.privacy.ledger import Ledger, Part
-from shared import accounting
+from client.privacy.ledger import Ledger, Part, Question
+from shared import accounting, ledger_chain
 from shared.accounting import Release
 from shared.errors import ConfigError, DatabaseError, MoonflowerError, PolicyError, RetryError
 
@@ -31,23 +31,31 @@ def opened(path: Path, *, dataset: str = "notes", max_epsilon: float = 8.0, **mo
     return Ledger.open(path, dataset=dataset, delta=more.pop("delta", DELTA), max_epsilon=max_epsilon, **more)
 
 
-def answer(
-    ledger: Ledger,
-    sequence: int,
+def asked(
+    number: int,
     *,
     run: str = "run",
     request: str = "",
     digest: str = "d",
     kind: str = "train",
     part: Part = "train",
+) -> Question:
+    return Question(run, request or f"{kind}-{number}", digest, number, kind, part)
+
+
+def answer(
+    ledger: Ledger,
+    number: int,
+    *,
     release: Release = ROUND,
     reply: bytes = b"",
     state: bytes | None = None,
-    **more: Any,
+    allow_unbounded: bool = False,
+    **question: Any,
 ) -> bytes:
-    request = request or f"{kind}-{sequence}"
-    reply = reply or f"reply {sequence}".encode()
-    return ledger.charge(run, request, digest, sequence, kind, part, release, reply, state, **more)
+    """Charge without a reservation: what a charge promises, it promises by itself."""
+    reply = reply or f"reply {number}".encode()
+    return ledger.charge(asked(number, **question), release, lambda *_: reply, state, allow_unbounded=allow_unbounded)
 
 
 @pytest.fixture
@@ -57,28 +65,31 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_charge_is_there_after_reopening_with_its_reply_and_state(path: Path) -> None:
     with opened(path) as ledger:
-        assert ledger.recall("run", "train-1", "d", 1, "train") is None
+        assert ledger.recall(asked(1)) is None
         assert answer(ledger, 1, state=b"optimiser") == b"reply 1"
     with opened(path) as ledger:
-        assert ledger.recall("run", "train-1", "d", 1, "train") == b"reply 1"
+        assert ledger.recall(asked(1)) == b"reply 1"
         assert ledger.state("run", "train") == b"optimiser"
         assert ledger.state("run", "evaluate") is None
         (spend,) = ledger.spends()
-    assert (spend.run, spend.request_id, spend.sequence, spend.part) == ("run", "train-1", 1, "train")
-    assert (spend.digest, spend.kind, spend.release) == ("d", "train", ROUND)
+    assert (spend.number, spend.question, spend.release) == (1, asked(1), ROUND)
     assert timedelta(0) <= datetime.now(UTC) - spend.at < timedelta(minutes=1)
-    assert spend.rdp == accounting.rdp(ROUND, 4)
+    assert spend.previous == ledger_chain.NO_HEAD
 
 
 def test_only_the_owner_can_read_the_ledger(path: Path) -> None:
     previous = os.umask(0)
     try:
         with opened(path) as ledger:
+            with ledger.reserve(asked(1), ROUND):
+                files = [file.name for file in path.parent.iterdir()]
+                modes = {file.suffix: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
             answer(ledger, 1)
-            modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
     finally:
         os.umask(previous)
-    assert modes == {"ledger.db": 0o600, "ledger.db-wal": 0o600, "ledger.db-shm": 0o600}
+    assert sorted(modes) == [".count", ".db", ".db-shm", ".db-wal", ".owner"]
+    assert len(files) == 5
+    assert set(modes.values()) == {0o600}
     path.chmod(0o644)
     opened(path).close()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -97,7 +108,7 @@ def test_a_retry_resends_the_same_bytes_and_spends_nothing(path: Path) -> None:
     with opened(path) as ledger:
         answer(ledger, 1, reply=b"first noise", state=b"one")
         assert answer(ledger, 1, reply=b"second noise", state=b"two") == b"first noise"
-        assert ledger.recall("run", "train-1", "d", 1, "train") == b"first noise"
+        assert ledger.recall(asked(1)) == b"first noise"
         assert len(ledger.spends()) == 1
         assert ledger.state("run", "train") == b"one"
 
@@ -106,9 +117,9 @@ def test_the_same_id_with_another_content_is_refused(path: Path) -> None:
     with opened(path) as ledger:
         answer(ledger, 1)
         with pytest.raises(RetryError, match=r"'train-1'.*digest d, .*now comes as 'train' with other"):
-            ledger.recall("run", "train-1", "other", 1, "train")
+            ledger.recall(asked(1, digest="other"))
         with pytest.raises(RetryError, match="'evaluate'"):
-            ledger.recall("run", "train-1", "d", 1, "evaluate")
+            ledger.recall(asked(1, request="train-1", kind="evaluate"))
         with pytest.raises(RetryError):
             answer(ledger, 1, digest="other")
         assert len(ledger.spends()) == 1
@@ -116,25 +127,25 @@ def test_the_same_id_with_another_content_is_refused(path: Path) -> None:
 
 def test_a_superseded_request_is_refused_whether_it_was_answered_or_not(path: Path) -> None:
     with opened(path) as ledger:
-        for sequence in (1, 3):
-            answer(ledger, sequence)
-        for sequence in (1, 2):
-            with pytest.raises(RetryError, match=f"round {sequence}.*superseded: round 3"):
-                ledger.recall("run", f"train-{sequence}", "d", sequence, "train")
+        for number in (1, 3):
+            answer(ledger, number)
+        for number in (1, 2):
+            with pytest.raises(RetryError, match=f"round {number}.*superseded: round 3"):
+                ledger.recall(asked(number))
             with pytest.raises(RetryError):
-                answer(ledger, sequence)
-        assert [spend.sequence for spend in ledger.spends()] == [1, 3]
-        # Another kind, run or dataset has its own sequence.
+                answer(ledger, number)
+        assert [spend.question.round for spend in ledger.spends()] == [1, 3]
+        # Another kind, run or dataset has its own number.
         answer(ledger, 2, kind="evaluate", part="validation", release=SCORES)
         answer(ledger, 1, run="next run")
-    with opened(path, dataset="scans") as other:
-        assert other.recall("run", "train-1", "d", 1, "train") is None
+    with opened(path, dataset="scans", apart_from=["notes"]) as other:
+        assert other.recall(asked(1)) is None
 
 
 def test_only_the_newest_replies_are_kept_but_every_spend_is(path: Path) -> None:
     with opened(path, max_epsilon=50.0) as ledger:
-        for sequence in range(1, 21):
-            answer(ledger, sequence, reply=bytes(200_000), state=bytes(200_000))
+        for number in range(1, 21):
+            answer(ledger, number, reply=bytes(200_000), state=bytes(200_000))
         kept = ledger._connection.execute("SELECT count(*) FROM replies").fetchone()[0]
         assert (kept, len(ledger.spends())) == (1, 20)
     assert path.stat().st_size < 1_500_000
@@ -144,12 +155,12 @@ def test_a_later_attempt_may_ask_for_the_last_round_again_and_pays_for_it(path: 
     with opened(path) as ledger:
         answer(ledger, 1, request="attempt-1-round-1")
         answer(ledger, 1, request="attempt-2-round-1", reply=b"again")
-        assert ledger.recall("run", "attempt-1-round-1", "d", 1, "train") == b"reply 1"
-        assert ledger.recall("run", "attempt-2-round-1", "d", 1, "train") == b"again"
+        assert ledger.recall(asked(1, request="attempt-1-round-1")) == b"reply 1"
+        assert ledger.recall(asked(1, request="attempt-2-round-1")) == b"again"
         assert ledger.run_releases("run", "train") == [ROUND, ROUND]
         answer(ledger, 2)
         with pytest.raises(RetryError, match="superseded"):
-            ledger.recall("run", "attempt-1-round-1", "d", 1, "train")
+            ledger.recall(asked(1, request="attempt-1-round-1"))
 
 
 # -- the budget ---------------------------------------------------------------------------------------------
@@ -159,14 +170,14 @@ def test_charges_stop_before_the_limit_and_the_error_says_what_is_left(path: Pat
     with opened(path, max_epsilon=4.0) as ledger:
         budget, price = accounting.rdp_budget(4.0, DELTA, ledger.order), accounting.rdp(ROUND, ledger.order)
         fits = math.floor(budget / price)
-        for sequence in range(1, fits + 1):
-            answer(ledger, sequence)
+        for number in range(1, fits + 1):
+            answer(ledger, number)
         with pytest.raises(PolicyError) as refusal:
             answer(ledger, fits + 1)
         assert len(ledger.spends()) == fits > 2
         assert ledger.lifetime_epsilon("train") <= 4.0
         assert ledger.planned_epsilon("train") < ledger.lifetime_epsilon("train")
-        assert ledger.recall("run", f"train-{fits + 1}", "d", fits + 1, "train") is None
+        assert ledger.recall(asked(fits + 1)) is None
     message = str(refusal.value)
     assert "\n" not in message
     for part in (
@@ -200,7 +211,7 @@ def test_the_budget_is_the_datasets_over_all_runs_and_no_other_datasets(path: Pa
         assert ledger.planned_epsilon("train") == accounting.epsilon([ROUND, ROUND], DELTA)
         spent = ledger.lifetime_epsilon()
         assert spent == accounting.rdp_to_epsilon(2 * accounting.rdp(ROUND, ledger.order), ledger.order, DELTA)
-    with opened(path, dataset="scans") as other:
+    with opened(path, dataset="scans", apart_from=["notes"]) as other:
         assert (other.lifetime_epsilon(), other.spends()) == (0.0, [])
     with opened(path) as ledger:
         assert ledger.lifetime_epsilon() == spent
@@ -211,8 +222,8 @@ def test_a_plan_that_will_not_fit_is_refused_before_it_starts(path: Path) -> Non
         ledger.check_plan([ROUND] * 20, "train")
         with pytest.raises(PolicyError, match=r"planned run would take .* above the limit of 8"):
             ledger.check_plan([ROUND] * 60, "train")
-        for sequence in range(1, 21):
-            answer(ledger, sequence)
+        for number in range(1, 21):
+            answer(ledger, number)
         with pytest.raises(PolicyError):
             ledger.check_plan([ROUND] * 20, "train")
         ledger.check_plan([ROUND] * 20, "validation")
@@ -275,25 +286,33 @@ def test_settings_out_of_range_are_refused_before_a_file_is_made(path: Path) -> 
 
 # -- what may happen to the file ----------------------------------------------------------------------------
 
+WITH_MORE_NOISE = (
+    "dataset, number, run, round, kind, part, request, digest, mechanism, 9.0, sampling_rate, steps, at, previous, row"
+)
+
 
 @pytest.mark.parametrize(
     "statement",
     [
-        "UPDATE spends SET rdp = 0",
+        "UPDATE spends SET noise_multiplier = 9",
         "DELETE FROM spends",
         "UPDATE datasets SET delta = 0.1",
         "DELETE FROM datasets",
-        "INSERT OR REPLACE INTO spends SELECT id, dataset, run, request, digest, sequence, kind, part, "
-        "sampling_rate, noise_multiplier, steps, 0.0, at FROM spends",
-        "REPLACE INTO spends SELECT id + 1, dataset, run, request, digest, sequence, kind, part, "
-        "sampling_rate, noise_multiplier, steps, 0.0, at FROM spends",
-        "REPLACE INTO datasets SELECT id, 0.1, rdp_order, at FROM datasets",
+        "INSERT OR REPLACE INTO spends SELECT id, FIELDS FROM spends",
+        "REPLACE INTO spends SELECT id + 1, FIELDS FROM spends",
+        "REPLACE INTO spends SELECT id + 1, FIELDS WITH ANOTHER number FROM spends",
+        "REPLACE INTO spends SELECT id + 1, FIELDS WITH ANOTHER request FROM spends",
+        "REPLACE INTO datasets SELECT id, account, 0.1, rdp_order, opened_at FROM datasets",
     ],
 )
 def test_what_was_spent_cannot_be_changed(path: Path, statement: str) -> None:
     with opened(path) as ledger:
         answer(ledger, 1)
         before = ledger.spends()
+    for name in ("number", "request"):
+        other = WITH_MORE_NOISE.replace(f", {name}", f", {name} || 1")
+        statement = statement.replace(f"FIELDS WITH ANOTHER {name}", other)
+    statement = statement.replace("FIELDS", WITH_MORE_NOISE)
     connection = sqlite3.connect(path)
     with pytest.raises(sqlite3.IntegrityError, match="append-only"), connection:
         connection.execute(statement)
@@ -317,11 +336,14 @@ def as_another_database(path: Path) -> None:
     connection.close()
 
 
-def of_a_later_version(path: Path) -> None:
-    opened(path).close()
-    connection = sqlite3.connect(path)
-    connection.execute("PRAGMA user_version = 2")
-    connection.close()
+def of_version(number: int) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        opened(path).close()
+        connection = sqlite3.connect(path)
+        connection.execute(f"PRAGMA user_version = {number}")
+        connection.close()
+
+    return make
 
 
 def read_only(path: Path) -> None:
@@ -345,7 +367,8 @@ def with_only_its_log(path: Path) -> None:
         (with_other_content, "file is not a database"),
         (as_an_empty_file, "not a Moonflower ledger"),
         (as_another_database, "not a Moonflower ledger"),
-        (of_a_later_version, "version 2, and this Moonflower reads version 1"),
+        (of_version(1), "version 1, and this Moonflower reads version 2"),
+        (of_version(3), "version 3, and this Moonflower reads version 2"),
         (read_only, "readonly"),
         (as_a_folder, "unable to open"),
         (with_only_its_log, "is missing, but not .*ledger.db-wal"),
@@ -387,7 +410,7 @@ def test_a_full_database_loses_nothing(path: Path) -> None:
         ledger._connection.execute(f"PRAGMA max_page_count = {pages + 2}")
         with pytest.raises(DatabaseError, match="full"):
             answer(ledger, 2, reply=bytes(1_000_000), state=b"two")
-        assert ledger.recall("run", "train-1", "d", 1, "train") == b"reply 1"
+        assert ledger.recall(asked(1)) == b"reply 1"
         assert ledger.state("run", "train") == b"one"
         assert len(ledger.spends()) == 1
         ledger._connection.execute(f"PRAGMA max_page_count = {pages + 1000}")
@@ -425,7 +448,7 @@ def test_a_kernel_that_refuses_to_write_more_loses_nothing(path: Path) -> None:
     assert child.exitcode == 0
     assert report.get().startswith("DatabaseError: The ledger")
     with opened(path) as ledger:
-        assert [spend.sequence for spend in ledger.spends()] == [1, 3]
+        assert [spend.question.round for spend in ledger.spends()] == [1, 3]
         assert ledger.state("run", "train") == b"three"
 
 
@@ -446,9 +469,9 @@ def test_a_writer_that_keeps_the_lock_is_waited_for_then_named(path: Path, monke
 
 def charge_for_ever(path: Path, pipe: int, first: int) -> None:
     ledger = opened(path, max_epsilon=1e6)
-    for sequence in range(first, first + 100_000):
-        answer(ledger, sequence, reply=b"r" * 20_000 + str(sequence).encode(), state=str(sequence).encode())
-        os.write(pipe, f"{sequence}\n".encode())  # "sent"
+    for number in range(first, first + 100_000):
+        answer(ledger, number, reply=b"r" * 20_000 + str(number).encode(), state=str(number).encode())
+        os.write(pipe, f"{number}\n".encode())  # "sent"
 
 
 def test_whatever_was_sent_before_a_kill_is_in_the_ledger(path: Path) -> None:
@@ -468,12 +491,12 @@ def test_whatever_was_sent_before_a_kill_is_in_the_ledger(path: Path) -> None:
             sent += [int(line) for line in pipe.read().splitlines()]
         with opened(path, max_epsilon=1e6) as ledger:
             spends = ledger.spends()
-            charged = [spend.sequence for spend in spends]
+            charged = [spend.question.round for spend in spends]
             assert set(sent) <= set(charged)
             if charged:  # a spend never stands without its reply and its state
                 last = charged[-1]
                 assert ledger.state("run", "train") == str(last).encode()
-                reply = ledger.recall("run", f"train-{last}", "d", last, "train")
+                reply = ledger.recall(asked(last))
                 assert reply is not None
                 assert reply.endswith(str(last).encode())
                 first = last + 1
@@ -502,17 +525,21 @@ def together(count: int, work: Callable[[int, Any], Any]) -> list[Any]:
 
 
 def test_a_ledger_that_another_process_makes_meanwhile_is_used(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with opened(path) as first:
-        answer(first, 1)
-        exists, asked = Path.exists, []
+    exists = Path.exists
+    charged = []
 
-        def exists_from_the_second_look_on(self: Path) -> bool:
-            asked.append(self)
-            return exists(self) and not (self == path and asked.count(path) == 1)
+    def missing_but_made_right_after(self: Path) -> bool:
+        if self != path:
+            return exists(self)
+        monkeypatch.setattr(Path, "exists", exists)
+        with opened(path) as first:
+            charged.append(answer(first, 1))
+        return False
 
-        monkeypatch.setattr(Path, "exists", exists_from_the_second_look_on)
-        with opened(path) as second:
-            assert second.spends() == first.spends() != []
+    monkeypatch.setattr(Path, "exists", missing_but_made_right_after)
+    with opened(path) as second:
+        assert [answer(second, 1, reply=b"another")] == charged
+        assert len(second.spends()) == 1
 
 
 def test_processes_that_spend_at_once_never_exceed_the_budget_together(tmp_path: Path) -> None:
@@ -522,13 +549,13 @@ def test_processes_that_spend_at_once_never_exceed_the_budget_together(tmp_path:
         def spend(index: int, gate: Any, path: Path = path) -> int:
             with opened(path, max_epsilon=3.0) as ledger:  # creation races too
                 gate.wait()
-                sequence = 0
+                number = 0
                 try:
                     while True:
-                        sequence += 1
-                        answer(ledger, sequence, run=f"run-{index}")
+                        number += 1
+                        answer(ledger, number, run=f"run-{index}")
                 except PolicyError:
-                    return sequence - 1
+                    return number - 1
 
         counts = together(4, spend)
         with opened(path, max_epsilon=3.0) as ledger:

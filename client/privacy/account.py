@@ -1,0 +1,250 @@
+"""What a ledger holds of one dataset: its events, verified as they are read, and what they amount to.
+
+An event says what was released (mechanism, noise, rate, steps) and not what it costs: every epsilon is computed
+from the events when it is asked for. A run is composed by privacy-loss distributions; the dataset's life by a Rényi
+filter at the order that was fixed when its account was opened, one order for its whole life.
+"""
+
+import math
+import sqlite3
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from client.privacy import ledger_count, ledger_owner
+from client.privacy.ledger_file import connect, said_in_one_line
+from shared import accounting, ledger_chain
+from shared.accounting import Release
+from shared.errors import DatabaseError, DataError, NotFoundError
+
+Part = Literal["train", "validation"]
+PARTS: tuple[Part, Part] = ("train", "validation")
+
+_EVENT = (*ledger_chain.EVENT, "row")
+_RESERVED = tuple(name for name in ledger_chain.EVENT if name not in ("number", "previous"))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request that a site answers once.
+
+    Attributes
+    ----------
+    name, digest
+        Its id within the run, and the SHA-256 of all that decides the answer.
+    kind, part
+        "train" or "evaluate", and the part of the dataset that the answer is drawn from.
+    """
+
+    run: str
+    name: str
+    digest: str
+    round: int
+    kind: str
+    part: Part
+
+
+@dataclass(frozen=True)
+class Spend:
+    """One charged reply: what it answered and what it released, its place in the chain, and when."""
+
+    number: int
+    question: Question
+    release: Release
+    at: datetime
+    previous: str
+    row: str
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A round that is being computed: what it may release, since when, and whether who computes it still lives."""
+
+    question: Question
+    release: Release
+    at: datetime
+    alive: bool
+
+
+class Account:
+    """One dataset's account, as of the last reading; get it from `Account.read`, which writes nothing.
+
+    Attributes
+    ----------
+    dataset, account, delta, order, opened_at
+        The declared id; the account's own random name; delta and the filter's order, fixed for the dataset's life.
+    number, head
+        How many events were read, and the digest of the last.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, header: dict[str, Any]) -> None:
+        self.path, self._connection, self._header = path, connection, header
+        self.dataset: str = header["id"]
+        self.account: str = header["account"]
+        self.delta: float = header["delta"]
+        self.order: int = header["order"]
+        self.number, self.head = 0, ledger_chain.NO_HEAD
+        self._last_row = 0
+        self._spends: list[Spend] = []
+        self._events: list[dict[str, Any]] = []
+        self._prices: dict[Part, list[float]] = {part: [] for part in PARTS}
+        self._known: dict[Release, float] = {}
+
+    @classmethod
+    def read(cls, path: Path, dataset: str) -> Self:
+        """Read an account without changing its file.
+
+        Raises
+        ------
+        NotFoundError
+            Where there is no such file, or no such account in it.
+        DatabaseError
+            Where the file is no ledger of this version, its chain is broken, or its counter contradicts it.
+        """
+        if not path.exists():
+            raise NotFoundError(f"There is no ledger {path}: a site makes it when it first joins a run.")
+        connection = connect(path, to_write=False)
+        try:
+            with said_in_one_line(path):
+                header = find(connection, dataset)
+                known = [name for (name,) in connection.execute("SELECT id FROM datasets ORDER BY id")]
+            if header is None:
+                held = ", ".join(repr(name) for name in known) or "none yet"
+                raise NotFoundError(f"The ledger {path} has no account of dataset {dataset!r}; it has: {held}.")
+            account = cls(path, connection, header)
+            account._read_on()
+            account._check_count()
+        except BaseException:
+            connection.close()
+            raise
+        return account
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+    def spends(self) -> list[Spend]:
+        """Return all spends of the dataset, in the order of charging."""
+        self._read_on()
+        return list(self._spends)
+
+    def reservations(self) -> list[Reservation]:
+        """Return the open reservations, oldest first; a dead owner's is returned at the ledger's next opening."""
+        return [
+            Reservation(_question(row), _release(row), datetime.fromisoformat(row["at"]), row["alive"])
+            for row in self._reserved()
+        ]
+
+    def export(self) -> dict[str, Any]:
+        """Return the account as JSON values, verified: what `shared.ledger_chain.verify` reads."""
+        self._read_on()
+        return {
+            "format": ledger_chain.FORMAT,
+            "version": ledger_chain.VERSION,
+            "dataset": dict(self._header),
+            "events": [dict(event) for event in self._events],
+            "reservations": self._reserved(),
+            "head": self.head,
+        }
+
+    def run_releases(self, run: str, part: Part) -> list[Release]:
+        """Return what the run has released from the part, over all its attempts, in the order of charging."""
+        return [spend.release for spend in self.spends() if (spend.question.run, spend.question.part) == (run, part)]
+
+    def run_epsilon(self, run: str, part: Part, delta: float) -> float:
+        """Epsilon of what the run has released from the part so far, by PLD: a run is planned in advance."""
+        return accounting.epsilon(self.run_releases(run, part), delta)
+
+    def lifetime_epsilon(self, part: Part | None = None) -> float:
+        """Epsilon of all releases from the part (None: the larger part's), as the filter bounds it.
+
+        At a fixed order even a small spend has a large epsilon: the first one starts near
+        log(1 / delta) / (order - 1), and the figure is close only as it nears the limit.
+        """
+        if part is None:
+            return max(self.lifetime_epsilon("train"), self.lifetime_epsilon("validation"))
+        return accounting.rdp_to_epsilon(self._spent(part), self.order, self.delta)
+
+    def planned_epsilon(self, part: Part) -> float:
+        """Epsilon of the same releases by PLD, "if planned in advance": a comparison, not a bound."""
+        return accounting.epsilon((s.release for s in self.spends() if s.question.part == part), self.delta)
+
+    def _price(self, release: Release) -> float:
+        """Rényi divergence of a release at the filter's order; most of a ledger's events are alike."""
+        if release not in self._known:
+            self._known[release] = accounting.rdp(release, self.order)
+        return self._known[release]
+
+    def _spent(self, part: Part) -> float:
+        self._read_on()
+        return math.fsum(self._prices[part])
+
+    def _read_on(self) -> None:
+        """Read what was charged since the last reading, each event verified against the chain."""
+        query = f"SELECT id, {', '.join(_EVENT)} FROM spends WHERE dataset = ? AND id > ? ORDER BY id"  # noqa: S608 - our own names
+        with said_in_one_line(self.path):
+            rows = self._connection.execute(query, [self.dataset, self._last_row]).fetchall()
+        for place, *values in rows:
+            event = dict(zip(_EVENT, values, strict=True))
+            try:
+                fault = ledger_chain.check_next(self._header, self.number, self.head, event)
+                says = fault.text if fault else None
+            except DataError as error:
+                says = f"{error}."
+            if says:
+                raise DatabaseError(
+                    f"The ledger {self.path} is broken for dataset {self.dataset!r}: {says} Nothing is sent. "
+                    f"Restore the newest sound copy ({ledger_count.GUIDE})."
+                )
+            spend = Spend(
+                event["number"],
+                _question(event),
+                _release(event),
+                datetime.fromisoformat(event["at"]),
+                event["previous"],
+                event["row"],
+            )
+            self._prices[spend.question.part].append(self._price(spend.release))
+            self._spends.append(spend)
+            self._events.append(event)
+            self._last_row, self.number, self.head = place, spend.number, spend.row
+
+    def _check_count(self, *, new_count: bool = False) -> None:
+        """Compare what was read with the counter; `new_count` lets a counter be missing."""
+        with said_in_one_line(self.path):
+            count = ledger_count.read(self.path).get(self.dataset)
+        if count is None and new_count:
+            return
+        at = self._spends[count.number - 1].row if count and 0 < count.number <= self.number else None
+        ledger_count.check(self.path, self.dataset, count, self.number, at)
+
+    def _reserved(self) -> list[dict[str, Any]]:
+        query = f"SELECT {', '.join(_RESERVED)}, owner FROM reservations WHERE dataset = ? ORDER BY at"  # noqa: S608 - our own names
+        with said_in_one_line(self.path):
+            rows = self._connection.execute(query, [self.dataset]).fetchall()
+        found = []
+        for *values, owner in rows:
+            found.append(dict(zip(_RESERVED, values, strict=True)) | {"alive": ledger_owner.lives(self.path, owner)})
+        return found
+
+
+def find(connection: sqlite3.Connection, dataset: str) -> dict[str, Any] | None:
+    """Return the header of a dataset's account, None where it has none."""
+    query = "SELECT id, account, delta, rdp_order, opened_at FROM datasets WHERE id = ?"
+    row = connection.execute(query, [dataset]).fetchone()
+    return None if row is None else dict(zip(ledger_chain.HEADER, row, strict=True))
+
+
+def _question(row: dict[str, Any]) -> Question:
+    return Question(row["run"], row["request"], row["digest"], row["round"], row["kind"], row["part"])
+
+
+def _release(row: dict[str, Any]) -> Release:
+    return Release(row["sampling_rate"], row["noise_multiplier"], row["steps"], row["mechanism"])
