@@ -21,7 +21,7 @@ from client.privacy import policy
 from client.privacy.ledger import PARTS, Ledger, Part, Question
 from client.privacy.randomness import Keystream
 from client.resident import Resident
-from client.site import Site, split_key
+from client.site import Site, reread, split_key
 from shared import messages, models, plan
 from shared.accounting import Release, epsilon
 from shared.arrays import Arrays, same_shapes
@@ -78,6 +78,7 @@ def open_ledger(site: Site) -> Ledger:
         dataset=site.dataset.id,
         delta=site.privacy.delta,
         max_epsilon=site.privacy.max_epsilon,
+        max_releases=site.privacy.max_releases,
         apart_from=site.dataset.shares_no_records_with,
     )
 
@@ -96,6 +97,8 @@ def _join(
         raise RefusedError("the coordinator's arrays are not this site's; install the same version on both sides.")
     for part in PARTS:
         _check_budget(site, planned, request.run, part, ledger)
+    answered = sum(spend.question.run == request.run for spend in ledger.spends())
+    ledger.check_releases(max(0, config.rounds + config.evaluations - answered))
     _check_split(site, ledger)
     resident.parts(site, config)
     card = site.dataset.card()
@@ -222,6 +225,7 @@ def _release(
                 reply = partial(
                     EvaluateReply, site.name, request.round, histogram, release.noise_multiplier, spent, **said
                 )
+            unbounded = _still_allowed(site, config, planned, ledger)
             kept = ledger.charge(
                 question,
                 release,
@@ -229,6 +233,27 @@ def _release(
                 allow_unbounded=unbounded,
             )
     return messages.from_bytes(kept, reply_kind)
+
+
+def _still_allowed(site: Site, config: RunConfig, planned: SitePlan, ledger: Ledger) -> bool:
+    """Check an answer that is computed against site.toml as it is now, and give the ledger its limits.
+
+    Returns
+    -------
+    bool
+        Whether the site allows a release without noise.
+
+    Raises
+    ------
+    RefusedError
+        Where the site's owner has meanwhile forbidden the answer.
+    """
+    now = reread(site)
+    policy.check(now.privacy, config, planned, site.dataset.id)
+    if now.privacy.delta != ledger.delta or now.privacy.allow_device_noise < site.privacy.allow_device_noise:
+        raise RefusedError("this site's [privacy] delta or allow_device_noise has changed while the answer was made.")
+    ledger.max_epsilon, ledger.max_releases = now.privacy.max_epsilon, now.privacy.max_releases
+    return now.privacy.allow_non_private
 
 
 def _planned_release(config: RunConfig, planned: SitePlan, request: TrainRequest | EvaluateRequest) -> Release:

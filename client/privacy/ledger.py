@@ -44,15 +44,20 @@ class Ledger(Account):
 
     Attributes
     ----------
-    max_epsilon
-        The site's limit on the dataset's life, as of this opening.
+    max_epsilon, max_releases
+        The site's limits on the dataset's life, as of this opening; whoever learns of others sets them.
     """
 
     def __init__(
-        self, path: Path, connection: sqlite3.Connection, header: dict[str, Any], max_epsilon: float = math.inf
+        self,
+        path: Path,
+        connection: sqlite3.Connection,
+        header: dict[str, Any],
+        max_epsilon: float = math.inf,
+        max_releases: int | None = None,
     ) -> None:
         super().__init__(path, connection, header)
-        self.max_epsilon = max_epsilon
+        self.max_epsilon, self.max_releases = max_epsilon, max_releases
         self._owner: ledger_owner.Owner | None = None
         self._open: set[tuple[str, str]] = set()  # (run, request) that this ledger has reserved
 
@@ -64,6 +69,7 @@ class Ledger(Account):
         dataset: str,
         delta: float,
         max_epsilon: float,
+        max_releases: int | None = None,
         order: int | None = None,
         apart_from: Iterable[str] = (),
     ) -> Self:
@@ -74,8 +80,9 @@ class Ledger(Account):
 
         Parameters
         ----------
-        max_epsilon
-            May change from one opening to the next, and holds from then on.
+        max_epsilon, max_releases
+            May change from one opening to the next, and hold from then on. The second is how many replies may
+            ever be charged, of both parts and over all runs; None sets no such limit.
         order
             The Rényi filter's; without it, a new dataset gets `accounting.best_order` of the limit.
         apart_from
@@ -107,7 +114,7 @@ class Ledger(Account):
                         "for its whole life: set those again (site.toml, [privacy] delta)."
                     )
                 _refuse_shared_records(connection, dataset, set(apart_from))
-                ledger = cls(path, connection, header, max_epsilon)
+                ledger = cls(path, connection, header, max_epsilon, max_releases)
                 ledger._read_on()
                 ledger._check_count()
                 ledger._raise_count()
@@ -182,6 +189,7 @@ class Ledger(Account):
         key = (question.run, question.name)
         with transaction(self.path, self._connection):
             self._refuse_beyond_budget([release], question.part, "This release", allow_unbounded, key)
+            self.check_releases(1, "This release", key)
             if self._owner is None:
                 self._owner = ledger_owner.Owner(self.path)
             values = {"dataset": self.dataset, "owner": self._owner.token} | _columns(question, release)
@@ -237,6 +245,7 @@ class Ledger(Account):
             if kept is not None:
                 return kept
             self._refuse_beyond_budget([release], question.part, "This release", allow_unbounded, key)
+            self.check_releases(1, "This release", key)
             number, head = self.number + 1, self.head
             event = {"number": number, "previous": head} | _columns(question, release)
             event["row"] = ledger_chain.row_digest(self._header, event)
@@ -262,6 +271,22 @@ class Ledger(Account):
     def check_plan(self, releases: Iterable[Release], part: Part, *, allow_unbounded: bool = False) -> None:
         """Raise BudgetError unless all of a run's releases still to come fit together; reserve and spend nothing."""
         self._refuse_beyond_budget(releases, part, "The planned run", allow_unbounded)
+
+    def check_releases(self, asked: int, what: str = "The planned run", key: tuple[str, str] | None = None) -> None:
+        """Raise BudgetError unless that many more replies may be charged, beside those that others are computing.
+
+        `key` is the run and name of the question that asks, whose own reservation does not count.
+        """
+        if self.max_releases is None:
+            return
+        self._read_on()
+        under_way = {(held.question.run, held.question.name) for held in self.reservations()} - {key}
+        if self.number + len(under_way) + asked > self.max_releases:
+            others = f" and {len(under_way)} under way" if under_way else ""
+            raise BudgetError(
+                f"{what} would add {asked} to the {self.number} releases of dataset {self.dataset!r} that were charged{others}, "
+                f"above the limit of {self.max_releases} for its whole life (site.toml, [privacy] max_releases)."
+            )
 
     def state(self, run: str, kind: str) -> bytes | None:
         """Return the state kept with the run's last charge of that kind; it is private to the site."""

@@ -1,14 +1,20 @@
 """Each limit of a site's policy, at the site, against its own ledger."""
 
+import contextlib
+import hashlib
+import sqlite3
+import tomllib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tomli_w
 
 from client.privacy import policy
 from client.privacy.policy import Policy
+from client.privacy.randomness import Keystream
 from shared import plan
-from shared.errors import MoonflowerError, PolicyError
+from shared.errors import BudgetError, MoonflowerError, PolicyError, RefusedError
 from shared.plan import DatasetCard
 from shared.run_config import RunConfig
 
@@ -51,7 +57,7 @@ def test_a_site_works_for_the_coordinators_that_its_patterns_name(new_config: Ca
     for patterns in (["ward-*"], ["other", "ward-3"], ["ward-[0-9]"]):
         check({"coordinators": patterns}, config)
     for patterns in (["ward"], ["ward-"], ["WARD-3"], ["other"]):
-        with pytest.raises(PolicyError, match="federation.coordinator='ward-3'"):
+        with pytest.raises(PolicyError, match=r"federation\.coordinator='ward-3'"):
             check({"coordinators": patterns}, config)
 
 
@@ -121,3 +127,125 @@ def test_what_the_policy_forbids_is_refused_before_any_record_is_touched(
             ask()
         assert isinstance(refused.value, PolicyError) or "task.labels" in str(refused.value)
     assert desk.spent() == 0
+
+
+def tighten(desk: Any, **limits: Any) -> None:
+    """Change the owner's own file: site.toml, [privacy]."""
+    file = desk.site.ledger.parent / "site.toml"
+    values = tomllib.loads(file.read_text(encoding="utf-8"))
+    values["privacy"] |= limits
+    file.write_text(tomli_w.dumps(values), encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"models": ["pypi:*"]}, r"models \['pypi:\*'\]"),
+        ({"tasks": []}, r"\[privacy\] tasks"),
+        ({"coordinators": ["ward-*"]}, r"\[privacy\] coordinators"),
+        ({"max_run_epsilon": 1.0}, "limit of 1 .*max_run_epsilon"),
+        ({"min_noise_multiplier": 3.0}, "min_noise_multiplier"),
+        ({"max_epsilon": 3.0}, "limit of 3 .*max_epsilon"),
+        ({"max_releases": 2}, "limit of 2 .*max_releases"),
+        ({"delta": 1e-4}, "limit of 0.0001 .*delta"),
+        ({"delta": 5e-3}, "delta or allow_device_noise has changed"),
+        ({"allow_device_noise": False}, "delta or allow_device_noise has changed"),
+    ],
+)
+def test_a_policy_tightened_while_the_answer_is_made_stops_its_release(
+    new_desk: Callable[..., Any], kind: str, limits: dict[str, Any], said: str
+) -> None:
+    desk = new_desk(site={"privacy": {"allow_device_noise": True}})
+    desk.train()
+    desk.evaluate()
+    drawn = []
+
+    def at_work(name: str) -> Keystream:  # asked for when the site has checked all and begins to compute
+        drawn.append(name)
+        tighten(desk, **limits)
+        return Keystream(hashlib.sha256(name.encode()).digest())
+
+    desk.randomness = at_work
+    ask = desk.train if kind == "train" else desk.evaluate
+    with pytest.raises(PolicyError if "delta or" not in said else RefusedError, match=said) as refused:
+        ask(number=2)
+    assert "\n" not in str(refused.value)
+    assert drawn  # it was computed, and not sent
+    with contextlib.closing(sqlite3.connect(desk.site.ledger)) as file:
+        assert file.execute("SELECT count(*) FROM spends").fetchone() == (2,)
+        assert file.execute("SELECT count(*) FROM reservations").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_policy_loosened_while_the_answer_is_made_does_not_stop_it(new_desk: Callable[..., Any], kind: str) -> None:
+    desk = new_desk(site={"privacy": {"max_releases": 6}})
+
+    def at_work(name: str) -> Keystream:
+        tighten(desk, max_epsilon=300.0, max_releases=7)
+        return Keystream(hashlib.sha256(name.encode()).digest())
+
+    desk.randomness = at_work
+    assert (desk.train if kind == "train" else desk.evaluate)().round == 1
+    assert desk.spent() == 1
+
+
+def test_no_more_answers_than_the_policy_allows_are_ever_charged(new_desk: Callable[..., Any]) -> None:
+    desk = new_desk(site={"privacy": {"max_releases": 3}})
+    for ask in (desk.train, desk.evaluate):
+        ask(number=1)
+    kept = desk.train(number=2)
+    said = (
+        r"add 1 to the 3 releases of dataset 'notes-of-clinic' that were charged, above the limit of 3 .*max_releases"
+    )
+    for ask in (desk.train, desk.evaluate):
+        with pytest.raises(BudgetError, match=said):
+            ask(number=3, run="another")
+    with pytest.raises(BudgetError, match=said):
+        desk.evaluate(number=2)
+    again = desk.train(number=2)  # kept bytes are no new release
+    assert all((again.update[name] == kept.update[name]).all() for name in kept.update)
+    assert desk.spent() == 3
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(5, False), (6, True)])  # three rounds, each evaluated
+def test_a_site_joins_only_with_room_for_the_whole_run(new_desk: Callable[..., Any], limit: int, fits: bool) -> None:
+    desk = new_desk(site={"privacy": {"max_releases": limit}})
+    if fits:
+        desk.join()
+    else:
+        with pytest.raises(
+            BudgetError, match=r"would add 6 to the 0 releases .* charged, above the limit of 5"
+        ):
+            desk.join()
+    assert desk.spent() == 0
+
+
+def test_a_run_that_joins_again_has_room_for_what_is_left_of_it(new_desk: Callable[..., Any]) -> None:
+    desk = new_desk(site={"privacy": {"max_releases": 6}})
+    desk.train(number=1)
+    desk.evaluate(number=1)
+    desk.join()
+    with pytest.raises(BudgetError, match=r"would add 6 to the 2 releases .* charged, above the limit of 6"):
+        desk.join(run="another")
+
+
+def test_an_answer_that_is_being_made_counts_as_a_release(new_desk: Callable[..., Any]) -> None:
+    desk = new_desk(site={"privacy": {"max_releases": 2}})
+    desk.evaluate()
+    refused = []
+
+    def at_work(name: str) -> Keystream:
+        if not refused:  # while the one is computed, the other would be the third
+            with (
+                desk.ledger() as ledger,
+                pytest.raises(BudgetError, match="1 releases .* charged and 1 under way") as said,
+            ):
+                ledger.check_releases(1)
+            refused.append(said)
+        return Keystream(hashlib.sha256(name.encode()).digest())
+
+    desk.randomness = at_work
+    desk.train()
+    assert refused
+    assert desk.spent() == 2
