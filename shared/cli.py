@@ -14,6 +14,7 @@ COMMANDS = {
     "history": "server.cli:history",
     "database": "server.cli:database",
     "privacy": "server.privacy.cli:privacy",
+    "ledger": "client.cli:ledger",
 }
 HELP = {
     "simulate": "Fine-tune across virtual sites on this machine.",
@@ -21,6 +22,7 @@ HELP = {
     "history": "Show what runs did: rounds, scores, who took part, and privacy spent.",
     "database": "Look after the history's database.",
     "privacy": "Plan a run's privacy, and state what a run guaranteed.",
+    "ledger": "Show, verify and export a site's privacy account.",
 }
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from client.privacy import ledger_count, ledger_owner
-from client.privacy.ledger_file import connect, said_in_one_line
+from client.privacy.ledger_count import Count
+from client.privacy.ledger_file import connect, said_in_one_line, transaction
+from client.privacy.opening import find, refuse_a_lost_account, refuse_a_lost_file
 from shared import accounting, ledger_chain
 from shared.accounting import Release
-from shared.errors import DatabaseError, DataError, NotFoundError
+from shared.errors import ConfigError, DatabaseError, DataError, NotFoundError
 
 Part = Literal["train", "validation"]
 PARTS: tuple[Part, Part] = ("train", "validation")
@@ -102,19 +104,51 @@ class Account:
         DatabaseError
             Where the file is no ledger of this version, its chain is broken, or its counter contradicts it.
         """
+        account = cls._found(path, dataset, to_write=False)
+        try:
+            account._check_count()
+        except BaseException:
+            account.close()
+            raise
+        return account
+
+    @classmethod
+    def new_count(cls, path: Path, dataset: str) -> int:
+        """Write the account's count anew where it is missing, and return it: on the site's word that nothing else is.
+
+        Raises
+        ------
+        NotFoundError, DatabaseError
+            As `read`.
+        ConfigError
+            Where there is a count: it is never lowered.
+        """
+        with cls._found(path, dataset, to_write=True) as account, transaction(path, account._connection):
+            if dataset in ledger_count.read(path):
+                raise ConfigError(
+                    f"{ledger_count.file_of(path)} counts dataset {dataset!r} already: there is nothing to write anew; "
+                    "without --new-count, verify says whether the ledger agrees with it."
+                )
+            account._read_on()
+            ledger_count.write(path, dataset, Count(account.number, account.head))
+            return account.number
+
+    @classmethod
+    def _found(cls, path: Path, dataset: str, *, to_write: bool) -> Self:
         if not path.exists():
+            refuse_a_lost_file(path)
             raise NotFoundError(f"There is no ledger {path}: a site makes it when it first joins a run.")
-        connection = connect(path, to_write=False)
+        connection = connect(path, to_write=to_write)
         try:
             with said_in_one_line(path):
                 header = find(connection, dataset)
                 known = [name for (name,) in connection.execute("SELECT id FROM datasets ORDER BY id")]
             if header is None:
+                refuse_a_lost_account(path, dataset)
                 held = ", ".join(repr(name) for name in known) or "none yet"
                 raise NotFoundError(f"The ledger {path} has no account of dataset {dataset!r}; it has: {held}.")
             account = cls(path, connection, header)
             account._read_on()
-            account._check_count()
         except BaseException:
             connection.close()
             raise
@@ -216,12 +250,10 @@ class Account:
             self._events.append(event)
             self._last_row, self.number, self.head = place, spend.number, spend.row
 
-    def _check_count(self, *, new_count: bool = False) -> None:
-        """Compare what was read with the counter; `new_count` lets a counter be missing."""
+    def _check_count(self) -> None:
+        """Compare what was read with the counter."""
         with said_in_one_line(self.path):
             count = ledger_count.read(self.path).get(self.dataset)
-        if count is None and new_count:
-            return
         at = self._spends[count.number - 1].row if count and 0 < count.number <= self.number else None
         ledger_count.check(self.path, self.dataset, count, self.number, at)
 
@@ -233,13 +265,6 @@ class Account:
         for *values, owner in rows:
             found.append(dict(zip(_RESERVED, values, strict=True)) | {"alive": ledger_owner.lives(self.path, owner)})
         return found
-
-
-def find(connection: sqlite3.Connection, dataset: str) -> dict[str, Any] | None:
-    """Return the header of a dataset's account, None where it has none."""
-    query = "SELECT id, account, delta, rdp_order, opened_at FROM datasets WHERE id = ?"
-    row = connection.execute(query, [dataset]).fetchone()
-    return None if row is None else dict(zip(ledger_chain.HEADER, row, strict=True))
 
 
 def _question(row: dict[str, Any]) -> Question:

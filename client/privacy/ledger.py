@@ -16,7 +16,6 @@ helps; the coordinator's own record of the numbers that it was told does, for it
 """
 
 import math
-import secrets
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,13 +24,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from client.privacy import ledger_count, ledger_owner
-from client.privacy.account import PARTS, Account, Part, Question, Reservation, Spend, find
+from client.privacy import ledger_count, ledger_owner, opening
+from client.privacy.account import PARTS, Account, Part, Question, Reservation, Spend
 from client.privacy.ledger_count import Count
 from client.privacy.ledger_file import connect, said_in_one_line, transaction
 from shared import accounting, ledger_chain
 from shared.accounting import Release
-from shared.errors import BudgetError, ConfigError, DatabaseError, PolicyError, RetryError
+from shared.errors import BudgetError, ConfigError, PolicyError, RetryError
 
 __all__ = ["PARTS", "Account", "Ledger", "Part", "Question", "Reservation", "Spend"]
 
@@ -99,21 +98,23 @@ class Ledger(Account):
             counter has seen more, or other, events.
         """
         best = accounting.best_order(max_epsilon, delta)  # refuses bad values before a file is made
-        _refuse_a_lost_file(path)
+        opening.refuse_a_lost_file(path)
         connection = connect(path)
         try:
             with transaction(path, connection):
-                header = find(connection, dataset)
+                header = opening.find(connection, dataset)
                 if header is None:
-                    _refuse_a_lost_account(path, dataset)
-                    header = _new_account(connection, dataset, delta, best if order is None else order, max_epsilon)
+                    opening.refuse_a_lost_account(path, dataset)
+                    order = best if order is None else order
+                    accounting.rdp_budget(max_epsilon, delta, order)  # refuses an order that is none
+                    header = opening.new_account(connection, dataset, delta, order)
                 if delta != header["delta"] or order not in (None, header["order"]):
                     raise ConfigError(
                         f"delta={delta} and Rényi order={order or 'as before'} were asked for dataset "
                         f"{dataset!r}, whose account was opened with delta={header['delta']} and order={header['order']}, "
                         "for its whole life: set those again (site.toml, [privacy] delta)."
                     )
-                _refuse_shared_records(connection, dataset, set(apart_from))
+                opening.refuse_shared_records(connection, dataset, set(apart_from))
                 ledger = cls(path, connection, header, max_epsilon, max_releases)
                 ledger._read_on()
                 ledger._check_count()
@@ -378,37 +379,3 @@ def _columns(question: Question, release: Release) -> dict[str, Any]:
     """Return an event's or a reservation's own values, by column."""
     values = asdict(question) | asdict(release) | {"at": datetime.now(UTC).isoformat()}
     return values | {"request": values.pop("name")}
-
-
-def _new_account(
-    connection: sqlite3.Connection, dataset: str, delta: float, order: int, max_epsilon: float
-) -> dict[str, Any]:
-    accounting.rdp_budget(max_epsilon, delta, order)  # refuses an order that is none
-    now = datetime.now(UTC).isoformat()
-    header = dict(zip(ledger_chain.HEADER, (dataset, secrets.token_hex(16), delta, order, now), strict=True))
-    connection.execute("INSERT INTO datasets VALUES (?, ?, ?, ?, ?)", list(header.values()))
-    return header
-
-
-def _refuse_shared_records(connection: sqlite3.Connection, dataset: str, apart_from: set[str]) -> None:
-    for (other,) in connection.execute("SELECT DISTINCT dataset FROM spends ORDER BY dataset").fetchall():
-        if other != dataset and other not in apart_from:
-            raise ConfigError(
-                f"dataset.id={dataset!r} is another account than {other!r}, which has spent in the same ledger: if no record "
-                f"is in both, say so (site.toml, [dataset] shares_no_records_with = [{other!r}]); if one is, keep the old id."
-            )
-
-
-def _refuse_a_lost_file(path: Path) -> None:
-    with said_in_one_line(path):
-        counts = {name: count for name, count in ledger_count.read(path).items() if count.number}
-        if counts and not path.exists():  # in this order: a ledger is there before its counter counts
-            name, count = next(iter(counts.items()))
-            raise DatabaseError(
-                f"The ledger {path} is missing, and its counter has seen {count.number} events of dataset {name!r}. Nothing "
-                f"is sent. Restore the newest copy ({ledger_count.GUIDE})."
-            )
-
-
-def _refuse_a_lost_account(path: Path, dataset: str) -> None:
-    ledger_count.check(path, dataset, ledger_count.read(path).get(dataset) or Count(0, ledger_chain.NO_HEAD), 0, None)

@@ -1,12 +1,9 @@
 import math
 import multiprocessing
 import os
-import random
 import resource
-import signal
 import sqlite3
 import stat
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -464,45 +461,7 @@ def test_a_writer_that_keeps_the_lock_is_waited_for_then_named(path: Path, monke
         answer(ledger, 1)
 
 
-# -- several processes, and their deaths --------------------------------------------------------------------
-
-
-def charge_for_ever(path: Path, pipe: int, first: int) -> None:
-    ledger = opened(path, max_epsilon=1e6)
-    for number in range(first, first + 100_000):
-        answer(ledger, number, reply=b"r" * 20_000 + str(number).encode(), state=str(number).encode())
-        os.write(pipe, f"{number}\n".encode())  # "sent"
-
-
-def test_whatever_was_sent_before_a_kill_is_in_the_ledger(path: Path) -> None:
-    chance = random.Random(11)  # noqa: S311
-    sent: list[int] = []
-    kills, first = 30, 1
-    for _ in range(kills):
-        reader, writer = os.pipe()
-        child = FORK.Process(target=charge_for_ever, args=(path, writer, first))
-        child.start()
-        os.close(writer)
-        time.sleep(chance.uniform(0.01, 0.12))
-        assert child.pid is not None
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        with os.fdopen(reader) as pipe:
-            sent += [int(line) for line in pipe.read().splitlines()]
-        with opened(path, max_epsilon=1e6) as ledger:
-            spends = ledger.spends()
-            charged = [spend.question.round for spend in spends]
-            assert set(sent) <= set(charged)
-            if charged:  # a spend never stands without its reply and its state
-                last = charged[-1]
-                assert ledger.state("run", "train") == str(last).encode()
-                reply = ledger.recall(asked(last))
-                assert reply is not None
-                assert reply.endswith(str(last).encode())
-                first = last + 1
-    assert charged == sorted(set(charged))
-    assert len(sent) > kills
-    assert len(charged) - len(sent) <= kills  # at most one charged, unsent reply a kill
+# -- several processes at once (their deaths are in test_kills.py) ------------------------------------------
 
 
 def together(count: int, work: Callable[[int, Any], Any]) -> list[Any]:
