@@ -207,17 +207,18 @@ def _release(
             }
             reply: Callable[..., Reply]
             if isinstance(request, TrainRequest):
-                update = training.train(resident, site, config, planned, request, randomness(name))
+                done = training.train(resident, site, config, planned, request, randomness(name))
+                said |= {"mechanism": done.mechanism, "noise_source": done.noise_source}
                 reply = partial(
                     TrainReply,
                     site.name,
                     request.round,
-                    update,
+                    done.update,
                     release.sampling_rate,
                     release.noise_multiplier,
                     release.steps,
                     spent,
-                    gradients="hooks",
+                    gradients=done.gradients,
                     **said,
                 )
             else:

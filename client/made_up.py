@@ -11,8 +11,10 @@ from client.privacy.randomness import Keystream
 from shared.models import LoadedModel
 from shared.tasks.text_classification import Examples, collate
 
-LENGTHS = (4, 7, 3, 12)  # tokens; one is the number of records, where a batch is mistaken for a sequence
-TOGETHER = (((0, 2), 4), ((1, 3), 16))  # records and width: as wide as it is long, then padded past every length
+LENGTHS = (3, 2, 3, 7, 12, 9)  # tokens
+# Records and width of each batch: as wide as it is long, where a batch can be mistaken for a sequence; padded past every
+# length, with no number dividing the other; a batch of one.
+TOGETHER = (((0, 1, 2), 3), ((3, 4), 15), ((5,), 9))
 
 
 @torch.no_grad()
@@ -32,7 +34,7 @@ def examples(model: LoadedModel, randomness: Keystream) -> Examples:
 
 @torch.no_grad()
 def features(model: LoadedModel, made_up: Examples) -> tuple[Tensor, Tensor]:
-    """Return the encoder's features (4, hidden_size) of records side by side, and of each alone, unpadded."""
+    """Return the encoder's features (6, hidden_size) of records side by side, and of each alone, unpadded."""
     device = model.module.head.weight.device
 
     def of(group: tuple[int, ...], width: int) -> Tensor:

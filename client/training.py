@@ -5,27 +5,45 @@ adds noise, divides by the public expected batch, and moves the arrays. What com
 `steps` Gaussian mechanisms and nothing else of the data.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from client import made_up
-from client.privacy import probe
-from client.privacy.engine import ClippedSum, Clipping, Gradients, Objective, train_only
+from client.privacy import noise, probe
+from client.privacy.engine import ClippedSum, Clipping, Gradients, Objective, RoundedSum, train_only
+from client.privacy.noise import Discrete
 from client.privacy.randomness import Keystream
 from client.resident import Resident
 from client.site import Site
 from shared import arrays
+from shared.accounting import Mechanism
 from shared.arrays import Arrays
 from shared.messages import TrainRequest
 from shared.models import HEAD, LoadedModel, autocast
 from shared.plan import SitePlan
+from shared.run_config import Gradients as Mode
 from shared.run_config import RunConfig
 from shared.tasks.text_classification import Examples, batches, collate
 
+log = logging.getLogger("moonflower.site")
+
 HEAD_BATCH = 4096  # cached features side by side
-GRADIENT_BYTES = 2**31  # of per-record gradients side by side; a smaller batch is taken where a model is larger
+GRADIENT_BYTES = 2**31  # of per-record gradients side by side, where they are made whole: fewer records, if need be
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one round's steps came to, and how it was had: for the reply, and for the run's statement."""
+
+    update: Arrays  # released
+    mechanism: Mechanism | Literal["none"]
+    noise_source: noise.Source | Literal["none"]
+    gradients: Mode
 
 
 class EncoderPass:
@@ -36,10 +54,12 @@ class EncoderPass:
         self._model, self._examples, self._config = model, examples, config
         self._device = model.module.head.weight.device
 
-    def groups(self, drawn: Sequence[int]) -> Iterator[Objective]:
-        """Split the drawn records into batches of one length."""
-        each = 4 * sum(parameter.numel() for parameter in self.module.parameters() if parameter.requires_grad)
-        rows = max(1, min(self._config.hardware.micro_batch, GRADIENT_BYTES // each))
+    def groups(self, drawn: Sequence[int], *, whole: bool) -> Iterator[Objective]:
+        """Split the drawn records into batches of one length, small where their gradients are made `whole`."""
+        rows = self._config.hardware.micro_batch
+        if whole:
+            each = 4 * sum(parameter.numel() for parameter in self.module.parameters() if parameter.requires_grad)
+            rows = max(1, min(rows, GRADIENT_BYTES // each))
         for group in batches(self._examples, drawn, rows):
             yield self._objective(self._examples, group, None, self._config.hardware.precision)
 
@@ -70,8 +90,8 @@ class HeadPass:
         self._weight = model.module.head.weight
         self._features, self._labels = features, torch.tensor(labels, device=features.device)
 
-    def groups(self, drawn: Sequence[int]) -> Iterator[Objective]:
-        """Split the drawn records into batches."""
+    def groups(self, drawn: Sequence[int], *, whole: bool) -> Iterator[Objective]:  # noqa: ARG002 - as `EncoderPass`'s
+        """Split the drawn records into batches; a head's gradients are small."""
         for start in range(0, len(drawn), HEAD_BATCH):
             group = drawn[start : start + HEAD_BATCH]
             yield self._objective(self._features[group], self._labels[group])
@@ -101,7 +121,7 @@ def train(
     plan: SitePlan,
     request: TrainRequest,
     randomness: Keystream,
-) -> Arrays:
+) -> Trained:
     """Run one round's local steps and return the update of the phase's trainable arrays.
 
     Raises
@@ -122,16 +142,39 @@ def train(
     else:
         objective = EncoderPass(model, examples, config)
     clipping = Clipping(phase.clipping_norm, config.privacy.clipping)
+    size = sum(value.numel() for value in parameters.values())
+    noisy = noise.choose(
+        config.privacy,
+        clipping.norm,
+        size,
+        randomness,
+        model.module.head.weight.device,
+        allow_device_noise=site.privacy.allow_device_noise,
+    )
     velocity = {parameter: torch.zeros_like(value) for parameter, value in parameters.items()}
     with Gradients(objective.module, parameters, config.hardware.gradients) as gradients:
         probe.check(objective.module, gradients, *objective.made_up(randomness))
+        whole = isinstance(noisy, Discrete) or gradients.method == "hooks"
+        dropped = 0
         for _ in range(steps.steps_per_round):
-            total = ClippedSum(gradients, clipping)
+            total = (
+                RoundedSum(gradients, clipping, noisy.grid)
+                if isinstance(noisy, Discrete)
+                else ClippedSum(gradients, clipping)
+            )
             drawn = randomness.poisson_sample(len(examples), steps.sampling_rate).tolist()
-            for batch in objective.groups(drawn):
+            for batch in objective.groups(drawn, whole=whole):
                 total.add(batch)
+            dropped += total.dropped
             with torch.no_grad():
-                for parameter, mean in total.noised_mean(steps.noise_multiplier, steps.divisor, randomness).items():
+                for parameter, summed in total.sums().items():
+                    mean = noisy.noised(summed, steps.noise_multiplier) / steps.divisor
                     velocity[parameter] = phase.momentum * velocity[parameter] + mean
                     parameters[parameter].sub_(phase.learning_rate * velocity[parameter])
-    return arrays.difference(arrays.read(model.module, trained), request.arrays)
+    if dropped:
+        log.warning("%d records of round %d counted as zero: their gradients are not finite", dropped, request.round)
+    update = arrays.difference(arrays.read(model.module, trained), request.arrays)
+    private = steps.noise_multiplier > 0
+    return Trained(
+        update, noisy.mechanism if private else "none", noisy.source if private else "none", gradients.method
+    )

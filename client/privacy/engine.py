@@ -20,8 +20,8 @@ import torch
 from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 from torch import Tensor, nn
 
+from client.privacy.noise import Grid
 from client.privacy.one_pass import OnePass
-from client.privacy.randomness import Keystream
 from shared.errors import SensitivityError
 from shared.run_config import Gradients as Mode
 
@@ -225,13 +225,7 @@ class Opacus:
         self._parameters = parameters
         self._records = 0
         self._calls: dict[str, int] = {}
-        self._padding = {  # rows that autograd gives no gradient, and Opacus does
-            name: part.padding_idx
-            for part in module.modules()
-            if isinstance(part, nn.Embedding) and part.padding_idx is not None
-            for name, parameter in parameters.items()
-            if parameter is part.weight
-        }
+        self._padding = _padding_rows(module, parameters)
         self._handles = ExitStack()
         self._handles.enter_context(warnings.catch_warnings())
         # Opacus's hooks need no gradient of a layer's input, and frozen layers below have none.
@@ -399,18 +393,47 @@ class ClippedSum:
         """Return the clipped sum, not noised: it must not leave this process."""
         return self._sums
 
-    def noised_mean(self, noise_multiplier: float, divisor: float, randomness: Keystream) -> dict[str, Tensor]:
-        """Return (sum + noise) / divisor, the noise of deviation `noise_multiplier * clipping.norm`.
 
-        `divisor` is the public expected batch, never the number of records drawn.
-        """
-        noised = {}
-        for name, total in self._sums.items():
-            if noise_multiplier > 0:
-                noise = torch.from_numpy(randomness.normal(total.numel())).view(total.shape)
-                total = (total.cpu().double() + noise_multiplier * self.clipping.norm * noise).float().to(total.device)
-            noised[name] = total / divisor
-        return noised
+class RoundedSum:
+    """The same for discrete noise: every record's clipped gradient is rounded to a grid, and whole numbers are summed.
+
+    Sums of whole numbers are exact, so that neither the order of records nor who shares a micro-batch can show in
+    them. Each record's gradient is made whole for it, which takes memory.
+    """
+
+    def __init__(self, gradients: Gradients, clipping: Clipping, grid: Grid) -> None:
+        self.clipping, self.dropped = clipping, 0
+        self._gradients, self._grid = gradients, grid
+        self._sums = {
+            name: torch.zeros_like(value, dtype=torch.int64) for name, value in gradients.parameters.items()
+        }
+
+    def add(self, objective: Objective) -> Tensor:
+        """Add the rounded gradients of a batch; return the norm (B,) of each before its rounding."""
+        samples = self._gradients.per_record(objective)
+        norms = torch.stack([sample.flatten(1).norm(dim=1) for sample in samples.values()]).norm(dim=0)
+        factors, finite = self.clipping.factors(norms), torch.isfinite(norms)
+        self.dropped += objective.records - int(finite.sum())
+        for name in list(samples):
+            self._sums[name] += self._grid.rounded_sum(samples.pop(name), factors)
+        return torch.where(finite, norms, 0.0) * factors
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return the sum in steps of the grid, int64, not noised: it must not leave this process."""
+        return self._sums
+
+
+def _padding_rows(module: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, int]:
+    """Return the row of each trained embedding that autograd gives no gradient, and Opacus does."""
+    found: dict[str, int] = {}
+    for name, parameter in parameters.items():
+        users = [part for part in module.modules() if any(own is parameter for own in part.parameters(recurse=False))]
+        rows = [part.padding_idx for part in users if isinstance(part, nn.Embedding) and part.padding_idx is not None]
+        if rows and len(users) > 1:
+            raise SensitivityError(f"parameter {name!r} is shared, and one of its uses leaves out a padding row.")
+        if rows:
+            found[name] = rows[0]
+    return found
 
 
 def train_only(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:

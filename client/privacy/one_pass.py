@@ -481,6 +481,7 @@ _OPERATORS += ["__truediv__", "__rtruediv__", "__itruediv__", "__div__", "__rdiv
 _OPERATORS += ["add_", "sub_", "mul_", "div_", "masked_fill", "__pow__", "__rpow__"]
 # Functions whose output has, in dimension 0, a row for each of the inputs' rows, and nothing between rows.
 _ROWWISE = {getattr(torch, name) for name in _METHODS if hasattr(torch, name)}
+_ROWWISE |= {F.scaled_dot_product_attention}
 _ROWWISE |= {getattr(Tensor, name) for name in [*_METHODS, *_OPERATORS] if hasattr(Tensor, name)}
 
 _RULES: dict[Any, Callable[..., Any]] = dict.fromkeys(_ROWWISE, OnePass._rowwise) | {
