@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., None]
 NEWEST = 100  # rows, unless --limit says otherwise
+LONG_COLUMNS = ("ledger_id", "ledger_head")  # not in a table
 NO_PRIVACY = "∞ (no privacy)"
 RUN_COLUMNS = [
     *("run", "name", "status", "rounds_done", "rounds_planned", "privacy", "created_at", "finished_at"),
@@ -236,7 +237,8 @@ def _print_parts(
         run = find_run(store, run_id)
         read: Callable[..., list[tuple[int, object]]] = getattr(store, reader)
         found = read(run.id, site=site, round_number=round_number, limit=_one_more(limit))
-    columns = ["round", *(field.name for field in fields(record))]
+    left_out = LONG_COLUMNS if style == "table" else ()
+    columns = ["round", *(field.name for field in fields(record) if field.name not in left_out)]
     _print(run, what, columns, [{"round": number, **vars(each)} for number, each in found], style, limit)
 
 

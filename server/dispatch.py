@@ -17,6 +17,7 @@ from shared.messages import FLOWER_TYPES, Kind, MessageError, Refusal, from_reco
 
 R = TypeVar("R")
 POLL = 0.05  # seconds between looks for replies that are not there yet
+REFUSALS: dict[str, Outcome] = {"refused": "refused", "exhausted": "exhausted"}  # any other word: failed
 LONGEST = 500  # characters of Flower's own error that the history keeps: its first line, and no traceback
 
 
@@ -86,6 +87,6 @@ def _read(message: Message, node: int, expected: type[R], seconds: float, down: 
     except MessageError as error:
         return Answer(node, "failed", None, str(error), seconds, down, up)
     if isinstance(reply, Refusal):
-        outcome: Outcome = "refused" if reply.outcome == "refused" else "failed"
+        outcome = REFUSALS.get(reply.outcome, "failed")
         return Answer(node, outcome, None, reply.reason, seconds, down, up)
     return Answer(node, "ok", reply, None, seconds, down, up)

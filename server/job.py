@@ -3,6 +3,7 @@
 run.json      the run's id, its configuration, and how many sites it has
 test.jsonl    the public test set; optional
 checkpoints/  the server's state after each round
+sites/        a simulated run's sites, each with its ledger
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 from shared.errors import ConfigError
 from shared.run_config import RunConfig, parse
 
-RUN_FILE, TEST_FILE, CHECKPOINTS = "run.json", "test.jsonl", "checkpoints"
+RUN_FILE, TEST_FILE, CHECKPOINTS, SITES = "run.json", "test.jsonl", "checkpoints", "sites"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Job:
     test_set: Path | None  # public test records, JSON lines
     sites: int = 0  # how many there are, where it is known: they are waited for, beyond federation.min_sites
     device: str = "auto"
+    simulated: bool = False  # its sites lie in its own folder, ledgers and all
 
 
 def load(folder: Path) -> Job:
@@ -46,4 +48,4 @@ def load(folder: Path) -> Job:
     config = parse(RunConfig, config_values, source=str(folder / RUN_FILE))
     test_set = folder / TEST_FILE
     places = folder / CHECKPOINTS, test_set if test_set.exists() else None
-    return Job(run, config, *places, sites=int(values.get("sites", 0)))
+    return Job(run, config, *places, sites=int(values.get("sites", 0)), simulated=(folder / SITES).is_dir())

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from server.dispatch import ask
 from server.history.store import History
 from server.job import Job
+from server.ledgers import Ledgers, shared_account
 from server.observer import Observer
 from shared import messages, models
 from shared.errors import RunFailedError
@@ -23,20 +24,25 @@ DEADLINE = 600.0  # seconds: a site reads and tokenises its data before it joins
 LATECOMERS = 60.0  # seconds to wait for a run's other sites once federation.min_sites are connected
 
 
-def join(job: Job, model: LoadedModel, grid: Grid, history: History, observer: Observer) -> dict[int, JoinReply]:
+def join(
+    job: Job, model: LoadedModel, grid: Grid, history: History, observer: Observer, ledgers: Ledgers
+) -> dict[int, JoinReply]:
     """Return what each node that joins declares, by its node's id.
 
     Raises
     ------
     RunFailedError
-        With the sites' reasons, where fewer than `federation.min_sites` join, or two go by one name.
+        With the sites' reasons, where fewer than `federation.min_sites` join, or two go by one name or keep
+        one account.
     """
     least = job.config.federation.min_sites
     request = JoinRequest(job.run, job.config.as_json(), model.base_digest, models.shapes(model.arrays()))
     sites: dict[int, JoinReply] = {}
     reasons: list[str] = []
-    for answer in ask(grid, "join", _nodes(job, grid, history), request, JoinReply, group="join", deadline=DEADLINE):
-        error = answer.error if answer.reply is None else _undeclarable(answer.reply)
+    nodes = _nodes(job, grid, history)
+    ledgers.look()
+    for answer in ask(grid, "join", nodes, request, JoinReply, group="join", deadline=DEADLINE):
+        error = answer.error if answer.reply is None else _undeclarable(answer.reply) or ledgers.at_join(answer.reply)
         if answer.reply is not None and error is None:
             sites[answer.node] = answer.reply
             continue
@@ -48,6 +54,10 @@ def join(job: Job, model: LoadedModel, grid: Grid, history: History, observer: O
     if len(set(names)) != len(names):
         raise RunFailedError(
             f"two nodes call themselves by one site's name: {names}; give each its own name in site.toml."
+        )
+    if pair := shared_account(sites.values()):
+        raise RunFailedError(
+            f"sites {pair[0]} and {pair[1]} answer from one account; give each its own ledger in site.toml."
         )
     if len(names) < least:
         raise RunFailedError(

@@ -19,9 +19,10 @@ from server import checkpoints, joining, optimization, selection
 from server.aggregation import Fold, UpdateError
 from server.dispatch import Answer, ask
 from server.evaluation import TestSet
-from server.history.records import Kind, Metric, Part, Participation, Round, Run, Spend
+from server.history.records import Kind, Metric, Participation, Round, Run, Spend
 from server.history.store import History
 from server.job import Job
+from server.ledgers import Ledgers
 from server.observer import Observer
 from server.optimization import ServerState
 from shared import messages, metrics, models
@@ -35,19 +36,39 @@ R = TypeVar("R")
 class Campaign:
     """One attempt at a run: what stays the same from round to round."""
 
-    def __init__(self, job: Job, grid: Grid, history: History, observer: Observer) -> None:
+    def __init__(self, job: Job, grid: Grid, history: History, observer: Observer, *, attempt: int) -> None:
         self.job, self.grid, self.history, self.observer = job, grid, history, observer
         self.config = job.config
         self.model: LoadedModel = models.load(job.config)
         self.model.module.to(models.pick_device(job.device))
         self.test_set = None if job.test_set is None else TestSet(job.test_set, job.config, self.model)
-        self.sites: dict[int, JoinReply] = {}
+        self.sites: dict[int, JoinReply] = {}  # that joined
         self.weights: dict[int, float] = {}
+        self.left_out: dict[int, str] = {}  # of those, the ones that are not asked again, and why
+        last = history.last_round(job.run)
+        resumed = last.number + 1 if last else 1
+        self.ledgers = Ledgers(history, job.run, simulated=job.simulated, resumed=resumed if attempt > 1 else None)
 
     def join(self) -> None:
         """Ask every node whether it takes part in the whole run."""
-        self.sites = joining.join(self.job, self.model, self.grid, self.history, self.observer)
+        self.sites = joining.join(self.job, self.model, self.grid, self.history, self.observer, self.ledgers)
         self.weights = selection.weights(self.config, self.sites)
+
+    def asked(self, number: int) -> dict[int, JoinReply]:
+        """Return the sites that can still be asked.
+
+        Raises
+        ------
+        RunFailedError
+            Where too few are left: the others' budget is not spent on a round that cannot be.
+        """
+        sites = {node: reply for node, reply in self.sites.items() if node not in self.left_out}
+        if len(sites) < self.config.federation.min_sites:
+            raise RunFailedError(
+                f"round {number}: {len(sites)} of the federation.min_sites={self.config.federation.min_sites} sites are left: "
+                + "; ".join(f"{self.sites[node].site}: {reason}" for node, reason in self.left_out.items())
+            )
+        return sites
 
     def restore(self) -> tuple[int, ServerState]:
         """Return the last committed round's number and state; 0 and the start where there is none."""
@@ -63,18 +84,17 @@ class Campaign:
         request = TrainRequest(self.job.run, self.config.as_json(), number, state.iterate)
         fold = Fold(state.first, unit=settings.learning_rate * settings.clipping_norm)  # shaped like the phase's arrays
         folded = 0
-        for answer in self._ask(
-            "train", number, request, TrainReply, selection.select(self.config, number, self.sites)
-        ):
+        nodes = selection.select(self.config, number, self.asked(number))
+        for answer in self._ask("train", number, request, TrainReply, nodes):
             reply, error = answer.reply, answer.error
             if reply is not None and (error := self._at_odds(reply, answer.node, number)) is None:
                 # Spent at the site, whether or not the update can be used.
-                seen.spends.append(
-                    self._spend(answer.node, reply.epsilon, reply.noise_multiplier, reply.sampling_rate, reply.steps)
-                )
+                seen.spends.append(self._spend(reply, answer.node))
+                error = self._doubted(reply, answer.node)
                 try:
-                    fold.add(reply.update, self.weights[answer.node])
-                    folded += 1
+                    if error is None:
+                        fold.add(reply.update, self.weights[answer.node])
+                        folded += 1
                 except UpdateError as refused:
                     error = str(refused)
             self._saw(seen, number, "train", answer, error)
@@ -103,16 +123,15 @@ class Campaign:
             return
         request = EvaluateRequest(self.job.run, self.config.as_json(), number, state.published)
         total, variance = np.zeros(0), 0.0
-        for answer in self._ask("evaluate", number, request, EvaluateReply, sorted(self.sites)):
+        nodes = sorted(self.sites.keys() - self.left_out.keys())
+        for answer in self._ask("evaluate", number, request, EvaluateReply, nodes):
             reply, error = answer.reply, answer.error
             if reply is not None and (error := self._at_odds(reply, answer.node, number)) is None:
-                seen.spends.append(
-                    self._spend(answer.node, reply.epsilon, reply.noise_multiplier, 1.0, 1, part="validation")
-                )
-                counts = self._counts(reply)
+                seen.spends.append(self._spend(reply, answer.node))
+                counts, error = self._counts(reply), self._doubted(reply, answer.node)
                 if counts is None:
-                    error = "the histogram is not the one that was asked for."
-                else:
+                    error = error or "the histogram is not the one that was asked for."
+                elif error is None:
                     seen.metrics += _validation(counts, reply.noise_multiplier, self.sites[answer.node].site)
                     total = counts if total.size == 0 else total + counts
                     variance += reply.noise_multiplier**2
@@ -139,10 +158,23 @@ class Campaign:
             return "the reply's epsilon, noise multiplier, sampling rate or steps are no such values."
         return messages.implausible(reply)
 
+    def _doubted(self, reply: TrainReply | EvaluateReply, node: int) -> str | None:
+        """Say what is wrong with the ledger that a reply comes from; its site is not asked again."""
+        error = self.ledgers.at_reply(reply, self.sites[node])
+        if error is not None:
+            self._leave_out(node, error)
+        return error
+
+    def _leave_out(self, node: int, reason: str) -> None:
+        self.left_out[node] = reason
+        text = f"site {self.sites[node].site} is not asked again in this attempt: {reason}"
+        self.history.add_event(self.job.run, "warning", text)
+
     def _ask(
         self, kind: Kind, number: int, request: object, expected: type[R], nodes: list[int]
     ) -> Iterable[Answer[R]]:
         group, deadline = str(number), self.config.federation.deadline
+        self.ledgers.look()
         return ask(self.grid, kind, nodes, request, expected, group=group, deadline=deadline)
 
     def _saw(
@@ -155,16 +187,35 @@ class Campaign:
     ) -> None:
         outcome = "failed" if error is not None and answer.outcome == "ok" else answer.outcome
         site = self.sites[answer.node].site
+        if outcome == "exhausted":
+            self._leave_out(answer.node, error or "its budget is spent")
         seen.participations.append(
             Participation(site, kind, outcome, answer.seconds, answer.bytes_down, answer.bytes_up, error)
         )
         self.observer.answered(number, kind, site, outcome, error)
 
-    def _spend(
-        self, node: int, epsilon: float, noise: float, rate: float, steps: int, *, part: Part = "train"
-    ) -> Spend:
+    def _spend(self, reply: TrainReply | EvaluateReply, node: int) -> Spend:
         site, privacy = self.sites[node], self.config.privacy
-        return Spend(site.site, site.dataset, part, epsilon, privacy.delta, noise, rate, steps, privacy.epsilon)
+        rate, steps, gradients = 1.0, 1, ""  # of a histogram, over all validation records
+        if isinstance(reply, TrainReply):
+            rate, steps, gradients = reply.sampling_rate, reply.steps, reply.gradients
+        return Spend(
+            site=site.site,
+            dataset=site.dataset,
+            part="train" if isinstance(reply, TrainReply) else "validation",
+            epsilon=reply.epsilon,
+            delta=privacy.delta,
+            noise_multiplier=reply.noise_multiplier,
+            sampling_rate=rate,
+            steps=steps,
+            budget=privacy.epsilon,
+            mechanism=reply.mechanism,
+            noise_source=reply.noise_source,
+            gradients=gradients,
+            ledger_id=reply.ledger_id,
+            ledger_number=reply.ledger_number,
+            ledger_head=reply.ledger_head,
+        )
 
 
 @dataclass
@@ -218,7 +269,7 @@ def run(job: Job, grid: Grid, history: History, observer: Observer, *, engine: s
     """
     attempt = history.start_attempt(job.run, engine=engine)
     try:
-        campaign = Campaign(job, grid, history, observer)
+        campaign = Campaign(job, grid, history, observer, attempt=attempt.number)
         last, state = campaign.restore()
         campaign.join()
         observer.run_started(history.run(job.run), list(campaign.sites.values()))

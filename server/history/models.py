@@ -143,6 +143,25 @@ class SpendRow(Base):
     sampling_rate: Mapped[float]
     steps: Mapped[int]
     budget: Mapped[float]
+    mechanism: Mapped[str]
+    noise_source: Mapped[str]
+    gradients: Mapped[str]
+    ledger_id: Mapped[str]
+    ledger_number: Mapped[int]
+    ledger_head: Mapped[str]
+
+
+class LedgerRow(Base):
+    """How far a site's ledger was when it was last seen. It belongs to no round: a lost attempt's sights count."""
+
+    __tablename__ = "ledgers"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    site: Mapped[str]
+    dataset: Mapped[str]
+    number: Mapped[int]
+    simulated: Mapped[bool]
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"))
 
 
 class EventRow(Base):

@@ -11,13 +11,14 @@ from server.history.models import (
     AttemptRow,
     CheckpointRow,
     EventRow,
+    LedgerRow,
     MetricRow,
     ParticipationRow,
     RoundRow,
     RunRow,
     SpendRow,
 )
-from server.history.records import Attempt, Checkpoint, Event, Metric, Participation, Round, Run, Spend
+from server.history.records import Attempt, Checkpoint, Event, Ledger, Metric, Participation, Round, Run, Spend
 from shared.errors import NotFoundError
 
 if TYPE_CHECKING:
@@ -115,6 +116,18 @@ def parts(session: Session, table: PartRow, record: "type[PartT]", where: Where)
         query = query.where(RoundRow.number == where.round_number)
     rows = _newest(session, query, [RoundRow.number, table.position], where.limit)
     return [(row[0], record(*row[1:])) for row in rows]
+
+
+def ledgers(session: Session) -> list[Ledger]:
+    """Read how far each ledger was when it was last seen."""
+    return [Ledger(*row) for row in session.execute(select(*_columns(LedgerRow, Ledger)).order_by(LedgerRow.id))]
+
+
+def charged(session: Session, ledger_id: str, number: int) -> tuple[str, int, str] | None:
+    """Find the committed spend that has this number in the ledger: its run, round and part."""
+    query = select(RoundRow.run_id, RoundRow.number, SpendRow.part).join(SpendRow, SpendRow.round_id == RoundRow.id)
+    row = session.execute(query.where(SpendRow.ledger_id == ledger_id, SpendRow.ledger_number == number)).first()
+    return None if row is None else (row[0], row[1], row[2])
 
 
 def last_round(session: Session, run_id: str) -> Round | None:

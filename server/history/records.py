@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 RunStatus = Literal["pending", "running", "completed", "failed", "stopped"]
 AttemptOutcome = Literal["completed", "failed", "stopped", "lost"]  # lost: died without a word
-Outcome = Literal["ok", "refused", "failed", "timeout"]
+Outcome = Literal["ok", "refused", "failed", "timeout", "exhausted"]  # exhausted: out of privacy budget
 Kind = Literal["join", "train", "evaluate"]
 Part = Literal["train", "validation"]
 EventLevel = Literal["info", "warning", "error"]
@@ -91,6 +91,24 @@ class Spend:
     sampling_rate: float
     steps: int  # noised sums released in this round
     budget: float  # the epsilon planned for the whole run
+    mechanism: str = "gaussian"  # one of shared.messages.MECHANISMS
+    noise_source: str = ""  # one of shared.messages.NOISE_SOURCES; empty here and below: not recorded
+    gradients: str = ""  # one of shared.messages.GRADIENTS, of training
+    ledger_id: str = ""  # of the dataset's account at the site
+    ledger_number: int = 0  # of this release in that account, from 1; 0: not recorded
+    ledger_head: str = ""  # digest of the account's event before it
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The newest that the coordinator has seen of a dataset's account at a site, over all runs."""
+
+    id: str
+    site: str
+    dataset: str
+    number: int  # of its events: a later answer with a smaller one comes from an older copy
+    simulated: bool  # born with its run, and ends with it
+    run: str  # that saw it last
 
 
 @dataclass(frozen=True)

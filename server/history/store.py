@@ -5,7 +5,7 @@ database says goes in `reads` and `writes`. A round is in here whole, or it did 
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -21,6 +21,7 @@ from server.history.records import (
     AttemptOutcome,
     Event,
     EventLevel,
+    Ledger,
     Metric,
     Participation,
     Round,
@@ -219,6 +220,21 @@ class History:
             key = reads.resolve(session, run_id)
             where = reads.Where(key, site, round_number, limit)
             return reads.parts(session, SpendRow, Spend, where)
+
+    def saw_ledgers(self, ledgers: Sequence[Ledger]) -> None:
+        """Remember how far sites' ledgers are, at once: not with the round, which may never be committed."""
+        with self._session(writing=True) as session:
+            writes.saw_ledgers(session, ledgers)
+
+    def ledgers(self) -> dict[str, Ledger]:
+        """Give the newest that was seen of each ledger, over all runs, by its id."""
+        with self._session() as session:
+            return {ledger.id: ledger for ledger in reads.ledgers(session)}
+
+    def charged(self, ledger_id: str, number: int) -> tuple[str, int, str] | None:
+        """Give (run, round, part) of the committed spend that has this number in a ledger; None where none has."""
+        with self._session() as session:
+            return reads.charged(session, ledger_id, number)
 
     def events(self, run_id: str, *, limit: int | None = None) -> list[Event]:
         """Give a run's events."""

@@ -5,10 +5,12 @@ and from then on everything the older process tries to commit is refused. Every 
 lock first (the row on PostgreSQL, the whole file on SQLite), so that the check and the write are one.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import func, insert, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -16,13 +18,14 @@ from server.history.models import (
     AttemptRow,
     CheckpointRow,
     EventRow,
+    LedgerRow,
     MetricRow,
     ParticipationRow,
     RoundRow,
     RunRow,
     SpendRow,
 )
-from server.history.records import Attempt, AttemptOutcome, Round, RunStatus
+from server.history.records import Attempt, AttemptOutcome, Ledger, Round, RunStatus
 from shared.errors import ConfigError, NotFoundError, RunFailedError
 
 
@@ -99,6 +102,17 @@ def commit_round(session: Session, round: Round) -> None:
         if rows:
             # The table, not the class: the class would leave None out and so miss `SiteOrAll`.
             session.execute(insert(table.__table__), rows)
+
+
+def saw_ledgers(session: Session, ledgers: Sequence[Ledger]) -> None:
+    """Remember how far ledgers are; what was seen further on stays, whoever writes at the same time."""
+    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
+    for ledger in ledgers:
+        values = {**vars(ledger), "run_id": ledger.run}
+        new = dialect.insert(LedgerRow).values({name: values[name] for name in values if name != "run"})
+        further = new.excluded.number > LedgerRow.number
+        now = {name: new.excluded[name] for name in ("site", "dataset", "number", "run_id")}
+        session.execute(new.on_conflict_do_update(index_elements=[LedgerRow.id], set_=now, where=further))
 
 
 def add_event(session: Session, run_id: str, level: str, text: str) -> None:

@@ -8,13 +8,15 @@ Run it once when a revision is added, and keep the file for good: the tests upgr
 from datetime import UTC, datetime
 from pathlib import Path
 
-from server.history.records import Checkpoint, Metric, Participation, Round, Spend
+from server.history.records import Checkpoint, Ledger, Metric, Participation, Round, Spend
 from server.history.schema import NEWEST
 from server.history.store import History
 
 
 def round_of(run: str, number: int, attempt: int, *, epsilon: float) -> Round:
     """Make a round with a site that trained, one that refused, two scores and two spends."""
+    noise = "gaussian", "aes-256-ctr"
+    ledgers = [("ab" * 16, event, f"{event - 1:064x}") for event in (2 * number - 1, 2 * number)]
     return Round(
         run=run,
         number=number,
@@ -32,8 +34,8 @@ def round_of(run: str, number: int, attempt: int, *, epsilon: float) -> Round:
             Metric("validation", "st-marys", "f1", 0.7, low=0.65, high=0.75),
         ),
         spends=(
-            Spend("st-marys", "scans-2026", "train", epsilon, 1e-5, 1.1, 0.05, 20, 8.0),
-            Spend("st-marys", "scans-2026", "validation", epsilon / 2, 1e-5, 2.0, 1.0, 1, 1.0),
+            Spend("st-marys", "scans-2026", "train", epsilon, 1e-5, 1.1, 0.05, 20, 8.0, *noise, "hooks", *ledgers[0]),
+            Spend("st-marys", "scans-2026", "validation", epsilon / 2, 1e-5, 2.0, 1.0, 1, 1.0, *noise, "", *ledgers[1]),
         ),
     )
 
@@ -58,6 +60,7 @@ def main() -> None:
         history.start_attempt("lungs-1", engine="flower")
         history.commit_round(round_of("lungs-1", 2, 2, epsilon=1.0))
         history.commit_round(round_of("lungs-1", 3, 2, epsilon=1.5))
+        history.saw_ledgers([Ledger("ab" * 16, "st-marys", "scans-2026", 6, simulated=False, run="lungs-1")])
         history.end_attempt("lungs-1", 2, "completed")
         history.finish_run("lungs-1", "completed")
 

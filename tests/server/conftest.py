@@ -62,6 +62,7 @@ def new_round() -> Callable[..., Round]:
 
     def make(number: int = 1, *, attempt: int = 1, run: str = "lungs-1", epsilon: float | None = None) -> Round:
         spent = number / 2 if epsilon is None else epsilon
+        noise = "gaussian", "aes-256-ctr"
         return Round(
             run=run,
             number=number,
@@ -82,9 +83,39 @@ def new_round() -> Callable[..., Round]:
                 Metric("validation", "st-marys", "f1", 0.71, low=0.6, high=0.8),
             ),
             spends=(
-                Spend("st-marys", "scans-2026", "train", spent, 1e-5, 1.1, 0.05, 20, 8.0),
+                Spend(
+                    "st-marys",
+                    "scans-2026",
+                    "train",
+                    spent,
+                    1e-5,
+                    1.1,
+                    0.05,
+                    20,
+                    8.0,
+                    *noise,
+                    "one-pass",
+                    "ab" * 16,
+                    2 * number - 1,
+                    "0" * 64,
+                ),
                 Spend("charite", "ct", "train", spent / 2, 1e-6, 1.2, 0.01, 10, 4.0),
-                Spend("st-marys", "scans-2026", "validation", spent / 4, 1e-5, 2.0, 1.0, 1, 1.0),
+                Spend(
+                    "st-marys",
+                    "scans-2026",
+                    "validation",
+                    spent / 4,
+                    1e-5,
+                    2.0,
+                    1.0,
+                    1,
+                    1.0,
+                    *noise,
+                    "",
+                    "ab" * 16,
+                    2 * number,
+                    "cd" * 32,
+                ),
             ),
         )
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 import client.app
+from client.privacy import ledger_count
 from client.privacy.randomness import Keystream
 from server import checkpoints, job, rounds
+from server.history.records import Ledger
 from server.history.store import History
 from server.observer import Log
 from shared import messages
@@ -57,7 +60,7 @@ def federate(moonflower_home, tiny_scenario):
 
 def lay_out(file, home, settings):
     os.environ["MOONFLOWER_HOME"] = str(home)
-    home.mkdir(parents=True)
+    home.mkdir(parents=True, exist_ok=True)
     with History.open(f"sqlite:///{home / 'history.db'}") as history:
         run = prepare.prepare(scenario.load(str(file), settings), history)
     return Federation(run, home)
@@ -86,6 +89,12 @@ class Federation:
 
     def digests(self):
         return [item.checkpoint.digest for item in self.history.rounds(self.run)]
+
+    def spent(self):
+        """Give the spends, but for the account that a ledger opens for itself, and digests of its times."""
+        return [
+            (number, replace(spend, ledger_id="", ledger_head="")) for number, spend in self.history.spends(self.run)
+        ]
 
     def outcomes(self, kind="train"):
         return {
@@ -197,7 +206,7 @@ def test_a_run_stopped_between_an_answer_and_the_commit_resends_and_spends_nothi
     assert len(stopped.digests()) == 1
     stopped.play()
     assert stopped.digests() == whole.digests()
-    assert stopped.history.spends(stopped.run) == whole.history.spends(whole.run)
+    assert stopped.spent() == whole.spent()
 
 
 def test_a_run_killed_by_the_system_is_a_lost_attempt_and_goes_on_to_the_same_bits(whole, fresh, tmp_path):
@@ -460,3 +469,221 @@ def test_a_run_without_privacy_is_recorded_as_such(federate):
     assert run.private is False
     assert {s.epsilon for _, s in federation.history.spends(run.id)} == {float("inf")}
     assert {(m.low, m.high) for _, m in federation.history.metrics(run.id)} == {(None, None)}
+
+
+# -- ledgers that go back, and budgets that end --------------------------------------------------------------------
+
+
+def ledger_of(federation, site):
+    """Give the ledger's files: a backup of the whole site takes the counter beside it along."""
+    ledger = prepare.run_folder(federation.run) / "sites" / site / "ledger.db"
+    return [ledger, ledger_count.file_of(ledger)]
+
+
+def copied(files, folder):
+    folder.mkdir(exist_ok=True)
+    return [shutil.copy(file, folder) for file in files]
+
+
+def warnings_of(federation):
+    return [event.text for event in federation.history.events(federation.run) if event.level == "warning"]
+
+
+def with_number(record, kind, number):
+    return messages.to_record(replace(said(record, kind), ledger_number=number))
+
+
+def test_the_ledgers_are_remembered_with_what_they_charged(whole):
+    ledgers = {ledger.site: ledger for ledger in whole.history.ledgers().values()}
+    assert {site: ledger.number for site, ledger in ledgers.items()} == dict.fromkeys(SITES, 8)  # 5 rounds, 3 scored
+    assert all(ledger.simulated and ledger.dataset == f"tiny.{site}" for site, ledger in ledgers.items())
+    for site in SITES:
+        spends = [spend for _, spend in whole.history.spends(whole.run, site=site)]
+        assert sorted(spend.ledger_number for spend in spends) == [1, 2, 3, 4, 5, 6, 7, 8]
+        assert {(spend.mechanism, spend.noise_source) for spend in spends} == {("gaussian", "aes-256-ctr")}
+        assert {bool(spend.gradients) for spend in spends if spend.part == "train"} == {True}
+
+
+def test_a_ledger_put_back_from_a_copy_does_not_join_again(fresh, tmp_path):
+    federation = fresh
+    with pytest.raises(KeyboardInterrupt):
+        federation.play(Stop("committed", 1))
+    backup = copied(ledger_of(federation, "west"), tmp_path / "backup")
+    with pytest.raises(KeyboardInterrupt):
+        federation.play(Stop("committed", 3))
+    copied(backup, ledger_of(federation, "west")[0].parent)
+    federation.play()
+    assert (
+        "the ledger of site west has gone back from 4 events to 1: restored from a backup?"
+        in warnings_of(federation)[-1]
+    )
+    assert [n for n, site in federation.outcomes() if site == "west"] == [1, 2, 3]
+    assert [n for n, site in federation.outcomes() if site == "north"] == [1, 2, 3, 4, 5]
+
+
+def test_a_sight_of_a_lost_attempt_counts(fresh, tmp_path):
+    federation = fresh
+    with pytest.raises(KeyboardInterrupt):
+        federation.play(Stop("committed", 1))
+    backup = copied(ledger_of(federation, "north"), tmp_path / "backup")
+    with pytest.raises(KeyboardInterrupt):
+        federation.play(Stop("answer 3", 2))  # all three have answered; nothing is committed
+    copied(backup, ledger_of(federation, "north")[0].parent)
+    federation.play()
+    assert "site north has gone back from 2 events to 1" in " ".join(warnings_of(federation))
+    assert federation.outcomes()[2, "south"] == ("ok", None)
+    assert (2, "north") not in federation.outcomes()
+
+
+def test_an_answer_with_a_number_that_was_used_is_not_used_and_its_site_not_asked_again(fresh, tmp_path):
+    federation, without = fresh, fresh.copy(tmp_path / "without")
+
+    def again(kind, node, record):
+        if kind == "train" and node == 3 and said(record, TrainReply).round == 2:
+            return with_number(record, TrainReply, 1)
+        return None
+
+    def refuse(kind, node, record):
+        refusal = Refusal("west", "exhausted", "no")
+        return (
+            messages.to_record(refusal)
+            if kind == "train" and node == 3 and said(record, TrainReply).round == 2
+            else None
+        )
+
+    federation.play(app_of=tampered(again))
+    without.play(app_of=tampered(refuse))
+    said_so = "the ledger of site west has gone back from 1 events to 0: restored from a backup?"
+    assert federation.outcomes()[2, "west"] == ("failed", said_so)
+    assert [n for n, site in federation.outcomes() if site == "west"] == [1, 2]
+    assert (2, "west") not in federation.outcomes("evaluate")
+    assert federation.digests() == without.digests()
+    # It was sent, so it was spent: the history counts it, used or not.
+    assert [n for n, s in federation.history.spends(federation.run, site="west") if s.part == "train"] == [1, 2]
+
+
+def test_a_histogram_with_a_number_that_was_used_is_not_scored(fresh):
+    federation = fresh
+
+    def again(kind, node, record):
+        return with_number(record, EvaluateReply, 1) if kind == "evaluate" and node == 2 else None
+
+    federation.play(app_of=tampered(again))
+    assert "has gone back from 2 events to 0" in federation.outcomes("evaluate")[2, "south"][1]
+    scored = {(n, m.site) for n, m in federation.history.metrics(federation.run) if m.scope == "validation"}
+    assert {site for _, site in scored} == {"north", "west", None}
+
+
+def test_answers_that_overtake_those_of_another_run_are_no_rollback(fresh):
+    federation = fresh
+
+    def another_run_is_seen(kind, node, record):
+        """While this site answers, another run's answer with a larger number has come in."""
+        if kind == "train" and node == 1:
+            reply = said(record, TrainReply)
+            seen = Ledger(reply.ledger_id, "north", "tiny.north", reply.ledger_number + 5, True, federation.run)
+            if reply.round == 2:
+                federation.history.saw_ledgers([seen])
+            return with_number(record, TrainReply, reply.ledger_number + (10 if reply.round > 2 else 0))
+        if kind == "evaluate" and node == 1:
+            return with_number(record, EvaluateReply, said(record, EvaluateReply).ledger_number + 10)
+        return None
+
+    with pytest.raises(KeyboardInterrupt):
+        federation.play(Stop("answer 3", 3), app_of=tampered(another_run_is_seen))
+    assert federation.outcomes()[2, "north"] == ("ok", None)
+    assert not warnings_of(federation)
+
+
+def test_a_site_whose_account_is_new_is_warned_of_and_takes_part_but_a_simulated_one_is_not_noted(federate):
+    federation = federate(**{"training.rounds": 0, "refit.rounds": 0})
+    old = Ledger("0a" * 16, "north", "tiny.north", 40, False, federation.run)
+    federation.history.saw_ledgers([old, Ledger("0b" * 16, "south", "tiny.south", 40, True, federation.run)])
+    found = job.load(prepare.run_folder(federation.run))
+    assert found.simulated
+    grid = InProcessGrid(client.app.build(client.app.site_from_context, fixed), prepare.site_files(federation.run))
+    rounds.run(replace(found, simulated=False), grid, federation.history, Log(), engine="flower")
+    (warning,) = warnings_of(federation)
+    assert "site north keeps dataset tiny.north in another account than before (0a0a0a0a, 40 events; now " in warning
+    assert federation.outcomes()[1, "north"] == ("ok", None)
+
+
+def test_a_simulation_played_again_is_not_taken_for_a_rollback(federate):
+    for _ in range(2):
+        federation = federate(**{"training.rounds": 0, "refit.rounds": 0})
+        federation.play()
+        assert not warnings_of(federation)
+
+
+def test_two_sites_that_answer_from_one_account_end_the_run_before_its_first_round(fresh):
+    federation = fresh
+
+    def one_account(kind, node, record):
+        if kind == "query":
+            return messages.to_record(replace(said(record, JoinReply), ledger_id="ab" * 16, ledger_number=0))
+        return None
+
+    with pytest.raises(RunFailedError, match="sites north and south answer from one account"):
+        federation.play(app_of=tampered(one_account))
+    assert federation.digests() == []
+
+
+def test_a_site_out_of_budget_is_not_asked_again_and_the_run_goes_on(fresh):
+    federation, asked = fresh, []
+
+    def spent(kind, node, record):
+        asked.append((kind, node))
+        if kind == "train" and node == 2 and said(record, TrainReply).round == 2:
+            return messages.to_record(Refusal("south", "exhausted", "0.1 is left of max_epsilon=8"))
+        return None
+
+    run = federation.play(app_of=tampered(spent))
+    assert run.status == "completed"
+    assert federation.outcomes()[2, "south"] == ("exhausted", "0.1 is left of max_epsilon=8")
+    assert (asked.count(("train", 2)), asked.count(("train", 1))) == (2, 5)
+    assert ("evaluate", 2) not in asked
+    assert warnings_of(federation) == ["site south is not asked again in this attempt: 0.1 is left of max_epsilon=8"]
+
+
+def test_too_few_sites_with_budget_left_end_the_run_before_the_others_spend(fresh):
+    federation, asked = fresh, []
+
+    def spent(kind, node, record):
+        asked.append((kind, node))
+        if kind == "evaluate" and node != 1:
+            return messages.to_record(Refusal(SITES[node - 1], "exhausted", "spent"))
+        return None
+
+    with pytest.raises(
+        RunFailedError, match=r"round 3: 1 of the federation.min_sites=2 sites are left: .*south: spent"
+    ):
+        federation.play(app_of=tampered(spent))
+    assert len(federation.digests()) == 2
+    assert asked.count(("train", 1)) == 2
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"mechanism": "laplace"},
+        {"mechanism": "none"},
+        {"noise_source": "randn"},
+        {"gradients": "\x1b[31m"},
+        {"ledger_id": "not hexadecimal"},
+        {"ledger_number": 0},
+        {"ledger_head": "ab"},
+    ],
+    ids=str,
+)
+def test_a_reply_whose_words_are_none_is_recorded_as_failed(fresh, lie):
+    federation = fresh
+
+    def lying(kind, node, record):
+        return messages.to_record(replace(said(record, TrainReply), **lie)) if kind == "train" and node == 3 else None
+
+    with pytest.raises(KeyboardInterrupt):
+        federation.play(Stop("committed", 1), app_of=tampered(lying))
+    outcome, error = federation.outcomes()[1, "west"]
+    assert outcome == "failed"
+    assert "the reply's" in error
+    assert error.isprintable()

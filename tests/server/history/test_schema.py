@@ -28,7 +28,7 @@ SECOND = """
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision, branch_labels, depends_on = "0002", "0001", None, None
+revision, down_revision, branch_labels, depends_on = "0003", "0002", None, None
 
 def upgrade():
     how = "always" if op.get_bind().dialect.name == "sqlite" else "auto"
@@ -55,9 +55,9 @@ def next_version(tmp_path, monkeypatch):
     def install(end="pass"):
         folder = tmp_path / "migrations"
         shutil.copytree(schema.MIGRATIONS, folder, ignore=shutil.ignore_patterns("__pycache__"))
-        (folder / "versions" / "0002_note.py").write_text(SECOND.replace("#END", end))
+        (folder / "versions" / "0003_note.py").write_text(SECOND.replace("#END", end))
         monkeypatch.setattr(schema, "MIGRATIONS", folder)
-        monkeypatch.setattr(schema, "NEWEST", "0002")
+        monkeypatch.setattr(schema, "NEWEST", "0003")
 
     return install
 
@@ -115,6 +115,11 @@ def test_a_database_of_each_past_revision_is_upgraded_and_read(asset, tmp_path):
         assert [spend.epsilon for spend in last.spends] == [1.5, 0.75]
         assert [attempt.outcome for attempt in history.attempts("lungs-1")] == ["lost", "completed"]
         assert len(history.participations("lungs-1")) == 6
+        known = asset.stem != "history-0001"  # what was not recorded then is empty, not made up
+        assert last.spends[0].mechanism == "gaussian"
+        assert bool(last.spends[0].noise_source) is bool(last.spends[0].ledger_id) is known
+        assert [spend.ledger_number for spend in last.spends] == ([5, 6] if known else [0, 0])
+        assert sorted(history.ledgers()) == (["ab" * 16] if known else [])
         assert history.events("lungs-1")[-1].text == "Attempt 2 completed."
         started = history.start_attempt("open-2", engine="flower")
         assert started.number == 2
@@ -133,7 +138,7 @@ def test_an_older_schema_is_refused_with_the_command_that_upgrades_it(shared_url
     message = str(caught.value)
     assert "has an older schema; back it up, then run `moonflower database upgrade --database " in message
     assert "\n" not in message
-    assert History.current_revision(shared_url) == "0001"
+    assert History.current_revision(shared_url) == "0002"
 
 
 def test_an_upgrade_keeps_every_row_and_every_key(shared_url, next_version, new_run, new_round):
@@ -160,7 +165,7 @@ def test_an_upgrade_that_fails_changes_nothing(shared_url, next_version, new_run
     next_version(end="op.execute('SELECT * FROM no_such_table')")
     with pytest.raises(DatabaseError):
         History.upgrade(shared_url)
-    assert History.current_revision(shared_url) == "0001"
+    assert History.current_revision(shared_url) == "0002"
     assert execute(shared_url, "SELECT number FROM rounds") == [(1,)]
     with pytest.raises(SQLAlchemyError, match="note"):
         execute(shared_url, "SELECT note FROM rounds")
@@ -220,7 +225,8 @@ def test_the_reads_of_a_run_use_its_keys(sqlite_url):
         assert all(step.startswith("SEARCH") for step in steps), steps  # neither scanned nor sorted
 
 
-def test_the_asset_of_the_first_revision_is_a_whole_database():
-    with sqlite3.connect(f"file:{ASSETS / 'history-0001.db'}?mode=ro&immutable=1", uri=True) as connection:
+@pytest.mark.parametrize("asset", sorted(ASSETS.glob("history-*.db")), ids=lambda path: path.stem)
+def test_the_asset_of_a_revision_is_a_whole_database(asset):
+    with sqlite3.connect(f"file:{asset}?mode=ro&immutable=1", uri=True) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     connection.close()

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 from sqlalchemy import Engine, event, text
 
-from server.history.records import Metric, Participation
+from server.history.records import Ledger, Metric, Participation
 from shared.errors import ConfigError, DatabaseError, NotFoundError, RunFailedError
 
 TABLES = ["rounds", "checkpoints", "participations", "metrics", "spends"]
@@ -214,3 +214,21 @@ def test_an_error_inside_a_session_undoes_it(history, new_run):
 def test_an_event_needs_a_run(history):
     with pytest.raises(NotFoundError):
         history.add_event("nobody", "info", "hello")
+
+
+def test_of_a_ledger_the_furthest_sight_is_remembered_whichever_comes_last(history, new_run):
+    new_run(history)
+    seen = Ledger("ab" * 16, "st-marys", "scans-2026", 4, simulated=False, run="lungs-1")
+    history.saw_ledgers([seen])
+    history.saw_ledgers([replace(seen, number=7), replace(seen, id="cd" * 16, number=0)])
+    history.saw_ledgers([replace(seen, number=5)])
+    assert {key: ledger.number for key, ledger in history.ledgers().items()} == {"ab" * 16: 7, "cd" * 16: 0}
+
+
+def test_a_ledgers_number_is_found_by_the_spend_that_has_it(history, new_run, new_round):
+    new_run(history)
+    history.commit_round(new_round(1))
+    history.commit_round(new_round(2))
+    assert history.charged("ab" * 16, 4) == ("lungs-1", 2, "validation")
+    assert history.charged("ab" * 16, 5) is None
+    assert history.charged("ef" * 16, 4) is None
