@@ -68,12 +68,17 @@ def agrees(values: Any, deviation: float) -> bool:
     return bool(chi2.ppf(5e-7, values.size) < statistic < chi2.ppf(1 - 5e-7, values.size))
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "discrete"])
 @pytest.mark.parametrize("rows", ["some", "none"])
 def test_every_cell_carries_the_planned_noise_with_or_without_validation_records(
-    new_desk: Desks, new_rows: Callable[..., Any], rows: str
+    new_desk: Desks, new_rows: Callable[..., Any], rows: str, kind: str
 ) -> None:
     """4,000 cells a test: 2/3 and 3/2 of sigma are 30 deviations of the estimate away."""
-    config = {"evaluation": {"confidence_bins": 100}, "training": {"rounds": 20}}
+    config = {
+        "evaluation": {"confidence_bins": 100},
+        "training": {"rounds": 20},
+        "privacy": {"noise": kind, "max_noise_multiplier": 100.0},
+    }
     desk = new_desk(config=config, randomness=system, site={"privacy": {"max_epsilon": 200.0}})
     key = split_key(desk.site)
     if rows == "none":
@@ -83,10 +88,11 @@ def test_every_cell_carries_the_planned_noise_with_or_without_validation_records
     noise = replies[0].noise_multiplier
     truth = np.zeros((2, 2, 100))
     if rows == "some":
-        free = new_desk(name="free", **(OPEN | {"config": OPEN["config"] | config}))
+        free = new_desk(name="free", **(OPEN | {"config": config | OPEN["config"]}))
         truth = free.evaluate(arrays=arrays).histogram["counts"]
         assert truth.sum() > 10
     values = np.concatenate([(reply.histogram["counts"] - truth).ravel() for reply in replies])
+    assert np.array_equal(values, values.round()) == (kind == "discrete")
     assert values.size == 4000
     assert agrees(values, noise)
     assert not agrees(values, noise * 2 / 3)
