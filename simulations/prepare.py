@@ -91,6 +91,7 @@ def _check_policy(site: Site, config: RunConfig, planned: SitePlan) -> None:
         with open_ledger(site) as ledger:
             for part in PARTS:
                 ledger.check_plan(planned.releases(part), part, allow_unbounded=site.privacy.allow_non_private)
+            ledger.check_releases(config.rounds + config.evaluations)
     except PolicyError as error:
         raise ConfigError(f"{error} In a simulation the scenario's [policy] sets the sites' limits.") from None
 

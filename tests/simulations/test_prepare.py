@@ -79,6 +79,17 @@ def test_sites_allow_the_runs_own_model_unless_the_scenario_names_others(history
             prepare.prepare(other, history)
 
 
+def test_a_run_of_more_releases_than_the_scenarios_sites_allow_is_refused_at_once(history, tiny_scenario):
+    def prepared(limit):
+        settings = {"policy.max_epsilon": 20.0, "policy.max_releases": limit}
+        return prepare.prepare(scenario.load(str(tiny_scenario), settings), history)
+
+    config = scenario.load(str(tiny_scenario), {}).run_config()
+    with pytest.raises(ConfigError, match=r"\[privacy\] max_releases\)\. In a simulation the scenario's \[policy\]"):
+        prepared(config.rounds + config.evaluations - 1)
+    assert prepared(config.rounds + config.evaluations)
+
+
 @pytest.mark.parametrize("held", ["\u2028", "\x85", "\x1d", "\u2029 and \x0b", "ü 😀"])
 def test_a_text_with_any_character_is_one_record(history, tiny_scenario, tmp_path, held):
     folder = tmp_path / "data"
