@@ -165,8 +165,9 @@ class Contrasted(Head):
 
     def forward(self, *batch: Tensor) -> Tensor:
         """Return losses (B,), each of them of all records."""
-        guesses = nn.functional.normalize(self.head(self.backbone(*batch[:-1])), dim=1)
-        return (guesses @ guesses.T).logsumexp(1) + super().forward(*batch)
+        guesses = self.head(self.backbone(*batch[:-1]))
+        alike = nn.functional.normalize(guesses, dim=1) @ nn.functional.normalize(guesses, dim=1).T
+        return nn.functional.cross_entropy(guesses, batch[-1], reduction="none") + alike.logsumexp(1)
 
 
 class Crowded(nn.Module):
@@ -216,7 +217,11 @@ TRAPS: tuple[Architecture, ...] = (
     _trap("in place", lambda: Head(InPlace()), texts, "a layer's output changed where it lies"),
     _trap("batch norm", lambda: Head(Normalised()), images, "must be refused: records are coupled", coupled=True),
     _trap(
-        "in-batch loss", lambda: Contrasted(TokensFirst()), texts, "must be refused: records are coupled", coupled=True
+        "in-batch loss",
+        lambda: Contrasted(PositionTable()),
+        texts,
+        "must be refused: records are coupled",
+        coupled=True,
     ),
     _trap("crowded experts", lambda: Head(Crowded()), texts, "must be refused: capacity over the batch", coupled=True),
 )

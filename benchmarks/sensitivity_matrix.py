@@ -3,6 +3,7 @@
     python benchmarks/sensitivity_matrix.py                                      all of them, a table on the screen
     python benchmarks/sensitivity_matrix.py --markdown docs/sensitivity-matrix.md
     python benchmarks/sensitivity_matrix.py --only OPT --only T5 --mode auto
+    python benchmarks/sensitivity_matrix.py --without-probe                      what only the probe finds: fails
 
 A cell is an architecture (benchmarks/architectures.py), what is trained of it, and how the engine has the gradients.
 It is
@@ -21,6 +22,7 @@ The program fails where a cell is wrong or an error, or a cell that must be refu
 
 import argparse
 import copy
+import re
 import time
 import traceback
 import warnings
@@ -41,13 +43,14 @@ from transformers.utils import logging as transformers_logging
 from client.privacy import probe
 from client.privacy.engine import ClippedSum, Clipping, Gradients, Objective, train_only
 from shared.errors import ModelError, SensitivityError
+from shared.run_config import Gradients as Mode
 
 PARTS = ("full", "lora", "bias", "head")
-MODES = ("hooks", "one-pass", "auto")
+MODES: tuple[Mode, ...] = ("hooks", "one-pass", "auto")
 TOLERANCE = 1e-4  # of the sum, and of a record's share over the clipping norm
 FLOOR = 1e-2  # of the whole: a parameter with less is compared on this scale
 SLACK = 1e-3  # the engine says that it clips to norm / (1 + SLACK)
-PROBES = ((0, 1, 2, 3, 4, 5, 6), (3, 5), (8,))  # how the probe's made-up records stand side by side
+PROBES = ((0, 1, 2, 3, 4, 5, 6), (7, 9), (8,), (10, 11, 12))  # how the probe's made-up records stand side by side
 
 Outcome = Literal["right", "refused", "wrong", "error", "none"]
 Summed = Callable[[Clipping, Sequence[Batch]], tuple[Tensor, dict[str, Tensor]]]  # -> contributions (N,), the sum
@@ -177,25 +180,30 @@ def judge(summed: Summed, records: Sequence[Record], singles: list[dict[str, Ten
 # -- a cell ----------------------------------------------------------------------------------------------------
 
 
-def try_cell(architecture: Architecture, part: str, mode: str) -> Cell:
-    """Attach, probe, sum, compare."""
+def try_cell(architecture: Architecture, part: str, mode: Mode, seed: int = 1, probed: bool = True) -> Cell:
+    """Attach, probe, sum, compare. The records follow from `seed`; without the probe, `auto` is one-pass."""
     place, where = (architecture.name, part, mode), "attach"
     try:
         module = architecture.build()
         parameters = choose(module, part)
         if not parameters:
             return Cell(*place, "none", reason=f"nothing to train but a head in {architecture.name} under {part!r}")
-        records = architecture.examples(len(BATCHES[0]) + 4, torch.Generator().manual_seed(1))
+        records = architecture.examples(
+            1 + max(max(numbers) for numbers in BATCHES), torch.Generator().manual_seed(seed)
+        )
         singles = loop(module, parameters, records)
-        made_up = architecture.examples(9, torch.Generator().manual_seed(2))
+        made_up = architecture.examples(
+            1 + max(max(numbers) for numbers in PROBES), torch.Generator().manual_seed(-seed)
+        )
         with Gradients(module, parameters, mode) as gradients:
-            where = "probe"
-            probe.check(
-                module,
-                gradients,
-                [(numbers, Objective(collate([made_up[n] for n in numbers]), module)) for numbers in PROBES],
-                [Objective(collate([record]), module) for record in made_up],
-            )
+            if probed:
+                where = "probe"
+                probe.check(
+                    module,
+                    gradients,
+                    [(numbers, Objective(collate([made_up[n] for n in numbers]), module)) for numbers in PROBES],
+                    [Objective(collate([record]), module) for record in made_up],
+                )
 
             def summed(clipping: Clipping, batches: Sequence[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
                 nonlocal where
@@ -229,9 +237,14 @@ def counts(cells: Sequence[Cell]) -> str:
     number = Counter(cell.outcome for cell in cells)
     tried = len(cells) - number["none"]
     share = 100 * number["right"] / tried if tried else 0.0
+    right = [cell for cell in cells if cell.outcome == "right"]
+    worst = (
+        f"; the right ones differ from the loop by at most {max(cell.gap for cell in right):.1g}, and no record contributes "
+        f"more than {max(cell.share for cell in right):.4f} x the clipping norm"
+    )
     return (
         f"{tried} cells: {number['right']} right ({share:.1f} %), {number['refused']} refused, {number['wrong']} wrong, "
-        f"{number['error']} errors; {number['none']} with nothing to train"
+        f"{number['error']} errors; {number['none']} with nothing to train{worst if right else ''}"
     )
 
 
@@ -246,12 +259,26 @@ def table(rows: Sequence[Architecture], cells: Sequence[Cell], modes: Sequence[s
 
 
 def refusals(cells: Sequence[Cell]) -> list[str]:
-    """Lines of a Markdown list: who was refused what, where, and why."""
-    return [
-        f"- {cell.architecture}, {cell.part}, {cell.mode} ({cell.where}): {cell.reason}"
-        for cell in cells
-        if cell.outcome == "refused"
-    ]
+    """Lines of a Markdown list: each reason, and who was refused for it; `auto` gives its last method's."""
+    by_reason: dict[str, dict[str, list[str]]] = {}
+    for cell in cells:
+        if cell.outcome == "refused":
+            who = by_reason.setdefault(_without_names(cell.reason), {}).setdefault(
+                f"{cell.architecture} {cell.part}", []
+            )
+            who.append(cell.mode)
+    lines = []
+    for reason, who in sorted(by_reason.items()):
+        names = [f"{name} ({', '.join(modes)})" for name, modes in who.items()]
+        lines.append(f"- {reason} {'; '.join(names)}")
+    return lines
+
+
+def _without_names(reason: str) -> str:
+    """Leave out which layer, how large a difference, and the rest of a long message."""
+    reason = re.sub(r"'[a-z_]+\.[\w.]+'", "…", reason)
+    reason = re.sub(r"(differs by|contributes) [\d.e+-]+", r"\1 …", reason)
+    return reason if len(reason) <= 160 else reason[:160].rsplit(" ", 1)[0] + " …"
 
 
 def markdown(cells: Sequence[Cell], modes: Sequence[str], minutes: float) -> str:
@@ -305,13 +332,15 @@ def main() -> int:
     parser.add_argument("--only", action="append", metavar="NAME", help="an architecture or trap; may be repeated")
     parser.add_argument("--part", action="append", choices=PARTS, help="what is trained; may be repeated")
     parser.add_argument("--mode", action="append", choices=(*MODES, "ghost"), help="may be repeated")
+    parser.add_argument("--seed", type=int, default=1, help="of the records; 1")
+    parser.add_argument("--without-probe", action="store_true", help="let everything in that the engine itself lets in")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
     options = parser.parse_args()
     rows = [row for row in (*ARCHITECTURES, *TRAPS) if not options.only or row.name in options.only]
     if options.only and len(rows) < len(set(options.only)):
         parser.error(f"--only={options.only}: known are {', '.join(row.name for row in (*ARCHITECTURES, *TRAPS))}.")
-    if options.markdown and (options.only or options.part):
-        parser.error("--markdown writes the whole table; leave out --only and --part.")
+    if options.markdown and (options.only or options.part or options.without_probe):
+        parser.error("--markdown writes the whole table; leave out --only, --part and --without-probe.")
     modes, parts = tuple(options.mode or MODES), tuple(options.part or PARTS)
     quiet()
     torch.set_num_threads(1)
@@ -319,7 +348,7 @@ def main() -> int:
     for row in rows:
         fields = []
         for part in parts:
-            tried = [try_cell(row, part, mode) for mode in modes]
+            tried = [try_cell(row, part, mode, options.seed, not options.without_probe) for mode in modes]
             cells += tried
             fields.append(f"{part} " + " ".join(cell.outcome for cell in tried))
         print(f"{row.name:16} {'  '.join(fields)}", flush=True)
