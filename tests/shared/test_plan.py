@@ -39,6 +39,7 @@ def config(**changes: Any) -> RunConfig:
         {"warm_start": WARM},
         {"warm_start": WARM, "refit": {"rounds": 1, "batch_size": 7, "noise_ratio": 0.7}},
         {"evaluation": {"every": 3}},
+        {"privacy": {"noise": "discrete", "grid": 0.5}},
     ],
 )
 def test_all_planned_releases_together_spend_at_most_epsilon_and_nearly_all_of_it(changes: dict[str, Any]) -> None:
@@ -59,6 +60,17 @@ def test_the_rounds_and_evaluations_of_the_run_are_what_was_planned() -> None:
     evaluated = sum(run.evaluated(number) for number in range(1, run.rounds + 1))
     assert made.releases("validation") == [Release(1.0, made.evaluation_noise, evaluated)]
     assert evaluated == 2
+
+
+def test_a_discrete_run_plans_discrete_releases_and_more_noise_for_them() -> None:
+    usual, made = plan.make(config(), CARD), plan.make(config(privacy={"noise": "discrete"}), CARD)
+    releases = [*made.releases("train"), *made.releases("validation"), made.evaluation_release()]
+    assert {release.mechanism for release in releases} == {"discrete-gaussian"}
+    assert made.phases["training"].round_release().mechanism == "discrete-gaussian"
+    assert 1.02 < made.phases["training"].noise_multiplier / usual.phases["training"].noise_multiplier < 1.2
+    assert 1.02 < made.evaluation_noise / usual.evaluation_noise < 1.2
+    # The multiplier is relative to the sensitivity: the grid's share of it does not change the plan.
+    assert plan.make(config(privacy={"noise": "discrete", "grid": 0.5}), CARD) == made
 
 
 def test_a_phase_has_its_ratio_of_the_noise() -> None:
