@@ -238,14 +238,14 @@ def counts(cells: Sequence[Cell]) -> str:
     tried = len(cells) - number["none"]
     share = 100 * number["right"] / tried if tried else 0.0
     right = [cell for cell in cells if cell.outcome == "right"]
-    worst = (
-        f"; the right ones differ from the loop by at most {max(cell.gap for cell in right):.1g}, and no record contributes "
-        f"more than {max(cell.share for cell in right):.4f} x the clipping norm"
-    )
-    return (
+    line = (
         f"{tried} cells: {number['right']} right ({share:.1f} %), {number['refused']} refused, {number['wrong']} wrong, "
-        f"{number['error']} errors; {number['none']} with nothing to train{worst if right else ''}"
+        f"{number['error']} errors; {number['none']} with nothing to train"
     )
+    if right:
+        gap, most = max(cell.gap for cell in right), max(cell.share for cell in right)
+        line += f"; right within {gap:.1g} of the loop, no record above {most:.4f} x the clipping norm"
+    return line
 
 
 def table(rows: Sequence[Architecture], cells: Sequence[Cell], modes: Sequence[str]) -> list[str]:
