@@ -28,7 +28,8 @@ from shared.run_config import Privacy
 Source = Literal["aes-256-ctr", "device"]
 
 _LARGEST_SUM = 2**62  # whole numbers: noise on top of it cannot pass 2**63
-_SIDE_BY_SIDE = 1 << 22  # values that are rounded together
+_LARGEST_STEPS = 2.0**31  # of one rounded vector, which is held in 32 bits before it is summed
+_IN_CACHE, _SIDE_BY_SIDE = 1 << 16, 1 << 24  # values that are rounded together: on a CPU, on an accelerator
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,19 @@ class Grid:
         The step is gamma = share x C / sqrt(d). Rounding to the nearest moves each of the d coordinates by at
         most gamma / 2, and the vector by gamma sqrt(d) / 2: the sensitivity C + gamma sqrt(d) / 2 is
         C (1 + share / 2) in any dimension. `parameters` counts all that the phase trains: public.
+
+        Raises
+        ------
+        ConfigError
+            If the grid is so fine that a rounded vector would pass 2**31 steps.
         """
         root = math.sqrt(parameters)
-        return cls(share * clipping_norm / root, root * (1 / share + 0.5))
+        if (sensitivity := root * (1 / share + 0.5)) >= _LARGEST_STEPS:
+            raise ConfigError(
+                f"privacy.grid={share:g} makes {sensitivity:.3g} steps of a gradient of {parameters} values, above the "
+                f"{_LARGEST_STEPS:.3g} that can be held; raise it to {2 * root / _LARGEST_STEPS:.1g}."
+            )
+        return cls(share * clipping_norm / root, sensitivity)
 
     def rounded_sum(self, samples: Tensor, factors: Tensor) -> Tensor:
         """Round each record's scaled vector to the grid, and sum them: int64, shape (*shape), in steps.
@@ -69,13 +80,15 @@ class Grid:
         factors
             (records,): its scale; a record of scale 0 counts as zero, be its gradient finite or not.
         """
-        total = torch.zeros(samples.shape[1:], dtype=torch.int64, device=samples.device)
-        scales = (factors / self.step).view(-1, *[1] * total.dim())
-        rows = max(1, _SIDE_BY_SIDE // max(1, total.numel()))
-        for start in range(0, len(samples), rows):
-            some, scale = samples[start : start + rows], scales[start : start + rows]
-            total += torch.where(scale > 0, some * scale, 0.0).round_().to(torch.int64).sum(0)
-        return total
+        rows = samples.flatten(1)
+        total = torch.zeros(rows.shape[1], dtype=torch.int64, device=samples.device)
+        scales = (factors / self.step).unsqueeze(1)
+        values = (_IN_CACHE if rows.device.type == "cpu" else _SIDE_BY_SIDE) // max(1, len(rows)) + 1
+        for start in range(0, len(total), values):
+            some = rows[:, start : start + values]
+            steps = torch.where(scales > 0, some * scales, 0.0).round_().to(torch.int32)
+            total[start : start + values] = steps.sum(0, dtype=torch.int64)
+        return total.view(samples.shape[1:])
 
 
 @dataclass(frozen=True)

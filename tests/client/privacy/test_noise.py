@@ -91,7 +91,7 @@ def test_the_sum_is_of_records_rounded_one_by_one_whatever_the_micro_batches(mon
     assert torch.equal(whole, torch.stack(alone[::-1]).sum(0))
     by_hand = (samples.double() * factors.double().view(-1, 1, 1) / grid.step).round().long().sum(0)
     assert torch.equal(whole, by_hand)
-    monkeypatch.setattr(noise, "_SIDE_BY_SIDE", 50)
+    monkeypatch.setattr(noise, "_IN_CACHE", 50)
     assert torch.equal(whole, grid.rounded_sum(samples, factors))
     assert not grid.rounded_sum(samples[:0], factors[:0]).any()
 
@@ -161,7 +161,10 @@ def test_discrete_noise_goes_on_whole_numbers_that_cannot_overflow() -> None:
             kind.noised(torch.tensor([0, sum_of_steps]), 1.0)
     kind.noised(torch.tensor([2**62 - 1, 1 - 2**62]), 1.0)
     with pytest.raises(ConfigError, match=r"privacy\.grid"):
-        Discrete(Grid.of(1.0, 22_000_000, 1e-9), stream()).noised(torch.zeros(3, dtype=torch.int64), 1.0)
+        kind.noised(torch.zeros(3, dtype=torch.int64), 2.0**41)
+    with pytest.raises(ConfigError, match=r"privacy\.grid=1e-09 makes 4.69e\+12 steps .* raise it to 4e-06"):
+        Grid.of(1.0, 22_000_000, 1e-9)
+    Grid.of(1.0, 22_000_000, 4e-6)
 
 
 def test_no_noise_comes_from_the_generator_of_a_cpu() -> None:
