@@ -198,6 +198,7 @@ def test_no_more_answers_than_the_policy_allows_are_ever_charged(new_desk: Calla
     said = (
         r"add 1 to the 3 releases of dataset 'notes-of-clinic' that were charged, above the limit of 3 .*max_releases"
     )
+    desk.site.dataset.path.unlink()  # whoever computed before it counted would fail otherwise
     for ask in (desk.train, desk.evaluate):
         with pytest.raises(BudgetError, match=said):
             ask(number=3, run="another")
