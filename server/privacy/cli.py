@@ -2,16 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from server.listing import show
-from shared.errors import ConfigError
+from shared.errors import ConfigError, MoonflowerError
+from shared.paths import default_database
 
 if TYPE_CHECKING:
     from server.privacy.planning import Planned
+
+
+class StatementError(MoonflowerError):
+    """A statement was written, and is in doubt."""
 
 
 @click.group()
@@ -63,6 +69,65 @@ def plan(scenario: Path | None, style: str, plot: Path | None, **given: Any) -> 
 
         plan_plot.write(planning.curve(request, planned.site), planned, plot)
         click.echo(f"Wrote {plot}.", err=style == "json")
+
+
+@privacy.command()
+@click.argument("run_id", metavar="RUN")
+@click.option(
+    "--verify",
+    "ledgers",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Hold it against a site's ledger, as `moonflower ledger export` wrote it; once for each site.",
+)
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["text", "json", "html"]),
+    default="text",
+    show_default=True,
+    help="How to write.",
+)
+@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="Write to this file; by default, print.")
+@click.option(
+    "--database",
+    metavar="URL",
+    default=default_database,
+    help="The history's database; by default $MOONFLOWER_DATABASE, else history.db in Moonflower's home.",
+)
+def statement(run_id: str, ledgers: tuple[Path, ...], style: str, out: Path | None, database: str) -> None:
+    """State what a run guarantees to each record, from the releases that the history has recorded.
+
+    RUN is a run's id, a beginning of it that fits no other run, or `last`. A run that is not finished is stated
+    so far. The exit code is 1 where the statement is in doubt: what the sites reported, or their ledgers hold, is
+    not what was recorded.
+
+    Example: moonflower privacy statement last --verify notes-2026.json --format html --out statement.html
+    """
+    from server.cli import find_run
+    from server.history.store import History
+    from server.privacy import statement as stating
+    from server.privacy import statement_page, verify
+    from server.report import output
+
+    if out is not None:
+        output.check(out)  # before any work
+    exports = [verify.load(path) for path in ledgers]
+    with History.open(database, create=False) as history:
+        recorded = stating.read(history, find_run(history, run_id))
+    made = stating.make(recorded, now=datetime.now(UTC))
+    if exports:
+        made = verify.verify(made, recorded, exports)
+    writers = {"text": statement_page.as_text, "json": statement_page.as_json, "html": statement_page.as_page}
+    text = writers[style](made)
+    if out is None:
+        click.echo(text)
+    else:
+        output.write(out, text + "\n")
+        click.echo(f"Wrote {out}: run {made.run.id}. {statement_page.claim(made)}")
+    if statement_page.verdict(made) == "in doubt":
+        raise StatementError(f"The privacy statement of run {made.run.id} is in doubt; it says why.")
 
 
 def _check_plot(path: Path) -> None:

@@ -35,14 +35,14 @@ def report(run_id: str, out: Path, database: str) -> None:
     Example: moonflower report last --out report.html
     """
     from server.history.store import History
-    from server.report import facts, page
+    from server.report import facts, output, page
     from server.report.words import size
 
-    page.check(out)  # before any work
+    output.check(out)  # before any work
     with _no_collector():
         with History.open(database, create=False) as history:
             found = facts.read(history, run_id)
-        page.write(out, page.render(found))
+        output.write(out, page.render(found))
     click.echo(f"Wrote {out} ({size(out.stat().st_size)}): run {found.run.id}.")
 
 

@@ -20,9 +20,9 @@ from click.testing import CliRunner
 
 from server.history.records import Checkpoint, Metric, Participation, Round, Spend
 from server.history.store import History
-from server.report import facts, page, words
+from server.report import facts, output, words
 from server.report.cli import report
-from server.report.page import ReportError
+from server.report.output import ReportError
 from shared.errors import MoonflowerError, NotFoundError
 
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -446,7 +446,7 @@ def test_a_place_that_cannot_take_the_report_is_one_clear_line(make, sqlite_url,
 
 def test_a_device_is_never_replaced_by_a_file():
     with pytest.raises(ReportError, match="is not a file"):
-        page.check(Path("/dev/null"))
+        output.check(Path("/dev/null"))
 
 
 def test_a_write_that_fails_leaves_the_old_report_and_no_rest(tmp_path, monkeypatch):
@@ -458,7 +458,7 @@ def test_a_write_that_fails_leaves_the_old_report_and_no_rest(tmp_path, monkeypa
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(ReportError, match="No space left on device"):
-        page.write(out, "new")
+        output.write(out, "new")
     assert out.read_text() == "old"
     assert list(tmp_path.iterdir()) == [out]
 

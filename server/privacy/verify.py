@@ -1,0 +1,253 @@
+"""A run's statement held against the sites' exported ledgers: the same releases, in an unbroken chain.
+
+An export is what `moonflower ledger export` writes at a site. Its chain is verified by digests, every release
+in the history must be in it as the history has it, and epsilon is composed again from all that the ledger holds of
+the run. The ledger may hold more, where a charged answer was lost on its way: that is counted. It must not hold
+less.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from server.history.records import Kind, Spend
+from server.privacy.statement import (
+    KINDS,
+    PARTS,
+    Account,
+    Recorded,
+    Statement,
+    Verification,
+    agree,
+    by_place,
+    differences,
+    overspent,
+    ranges,
+)
+from shared import accounting, ledger_chain
+from shared.accounting import Release
+from shared.errors import ConfigError, DataError
+
+Event = Mapping[str, Any]
+Key = tuple[int, Kind]  # round, kind
+
+
+@dataclass(frozen=True)
+class Export:
+    """A ledger's export as it was read: `fault` says what is wrong with its chain."""
+
+    source: str
+    dataset: str
+    account: str
+    delta: float
+    order: int
+    events: Sequence[Event]
+    fault: str | None
+
+
+def load(path: Path) -> Export:
+    """Read an export, and verify its chain.
+
+    Raises
+    ------
+    DataError
+        Where the file cannot be read or is no export at all.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        fault = ledger_chain.verify(values)
+    except (OSError, ValueError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not the JSON of a ledger's export"
+        raise DataError(f"--verify {path}: {reason}; write it with `moonflower ledger export` at the site.") from None
+    if fault is not None and fault.kind == "malformed":
+        raise DataError(f"--verify {path}: {fault.text}")
+    header = values["dataset"]
+    known = (header["id"], header["account"], float(header["delta"]), int(header["order"]))
+    return Export(str(path), *known, values["events"], None if fault is None else fault.text)
+
+
+def verify(statement: Statement, recorded: Recorded, exports: Sequence[Export]) -> Statement:
+    """Return the statement with each export's verdict; accounts whose ledger was given are composed from it too.
+
+    Raises
+    ------
+    DataError
+        Where an export has nothing of the run, or two are of one account.
+    """
+    names = [export.account for export in exports]
+    if len(set(names)) != len(names):
+        raise DataError("--verify: two of the ledgers are of one account; give each site's once.")
+    accounts = {(each.site, each.dataset, each.part): each for each in statement.accounts}
+    unexplained = differences(statement.accounts)
+    explained: set[str] = set()
+    verdicts = []
+    for export in exports:
+        found = _Comparison(export, recorded)
+        places = {place: found.compose(accounts[place]) for place in found.places}
+        verdict = found.verdict()
+        verdicts.append(verdict)
+        for place, epsilon in places.items():
+            account, sound = accounts[place], not verdict.faults
+            accounts[place] = replace(account, epsilon=max(account.epsilon, epsilon), verified=sound)
+            if sound and place in unexplained:  # the ledger has the answers that the history lacks
+                explained.add(unexplained[place])
+    without = [f"{each.site} ({each.part})" for each in accounts.values() if each.verified is None]
+    doubts = [doubt for doubt in statement.doubts if doubt not in explained]
+    doubts += [doubt for doubt in overspent(accounts.values()) if doubt not in doubts]
+    return replace(
+        statement,
+        accounts=tuple(accounts.values()),
+        doubts=tuple(doubts),
+        notes=(*statement.notes, *([f"No ledger was given for {', '.join(without)}."] if without else ())),
+        verifications=tuple(verdicts),
+    )
+
+
+class _Comparison:
+    """One export beside what the history has of the same account."""
+
+    def __init__(self, export: Export, recorded: Recorded) -> None:
+        self.export, self.recorded = export, recorded
+        self.faults = [] if export.fault is None else [export.fault]
+        self.notes: list[str] = []
+        self.spends = [(number, spend) for number, spend in recorded.spends if self._is_of(spend)]
+        self.events: dict[Key, Event] = {}
+        for event in export.events:
+            key = (event["round"], event["kind"])
+            if event["run"] == recorded.run.id and self.events.setdefault(key, event) is not event:
+                self.faults.append(f"dataset {export.dataset!r}: round {key[0]} ({key[1]}) was charged twice.")
+        self.sites = sorted({spend.site for _, spend in self.spends})
+        self.places = list(by_place(self.spends))
+        self._check_account()
+        self._check_newest()
+        self._check_spends()
+        self._check_rest()
+
+    def verdict(self) -> Verification:
+        export = self.export
+        return Verification(
+            source=export.source,
+            dataset=export.dataset,
+            account=export.account,
+            sites=tuple(self.sites),
+            events=len(export.events),
+            of_this_run=len(self.events),
+            lifetime_epsilon=_lifetime(export),
+            order=export.order,
+            delta=export.delta,
+            faults=tuple(self.faults),
+            notes=tuple(self.notes),
+        )
+
+    def compose(self, account: Account) -> float:
+        """Epsilon of all that the ledger holds of an account in this run; what the site reported is checked on the way."""
+        held = sorted(
+            (event for event in self.events.values() if event["part"] == account.part), key=lambda each: each["number"]
+        )
+        last = account.events[1] if account.events else math.inf
+        reported = _epsilon([event for event in held if event["number"] <= last], account.delta)
+        if not agree(reported, account.reported):
+            self.faults.append(
+                f"site {account.site}, {account.part} records: the site reported epsilon {account.reported:.6g}, and its "
+                f"ledger comes to {reported:.6g} up to that release."
+            )
+        return _epsilon(held, account.delta)
+
+    def _is_of(self, spend: Spend) -> bool:
+        if not spend.ledger_id:  # recorded before accounts were
+            return spend.dataset == self.export.dataset
+        return spend.ledger_id == self.export.account
+
+    def _check_account(self) -> None:
+        """Raise where the ledger is of another run altogether; note one that took the place of the run's own."""
+        same = {spend.ledger_id[:8] for _, spend in self.recorded.spends if spend.dataset == self.export.dataset}
+        others = same - {"", self.export.account[:8]}
+        what = f"the ledger of dataset {self.export.dataset!r}, account {self.export.account[:8]},"
+        if not self.spends and not self.events and not others:
+            raise DataError(f"--verify {self.export.source}: {what} has nothing of run {self.recorded.run.id!r}.")
+        if others:
+            self.faults.append(f"{what} is not the one that the run's releases are in: {', '.join(sorted(others))}.")
+        elif not self.spends:
+            rounds = ranges(number for number, _ in self.events)
+            self.faults.append(f"{what} holds releases of this run (rounds {rounds}), and the history has none of it.")
+
+    def _check_newest(self) -> None:
+        seen = self.recorded.ledgers.get(self.export.account)
+        if seen is not None and seen.number > len(self.export.events):
+            self.faults.append(
+                f"the ledger ends at event {len(self.export.events)}, and the coordinator has seen event {seen.number}: it is "
+                "an older copy, or was put back from one."
+            )
+
+    def _check_spends(self) -> None:
+        lacking: dict[tuple[str, Kind], list[int]] = {}
+        for number, spend in self.spends:
+            event = self.events.get((number, KINDS[spend.part]))
+            if event is None:
+                lacking.setdefault((spend.site, KINDS[spend.part]), []).append(number)
+                continue
+            for name, recorded, held in _pairs(spend, event):
+                if recorded != held:
+                    self.faults.append(
+                        f"site {spend.site}, round {number} ({KINDS[spend.part]}): the history has {name} {recorded}, the ledger {held}."
+                    )
+        for (site, kind), rounds in lacking.items():
+            self.faults.append(
+                f"site {site}: {kind} of rounds {ranges(rounds)} is in the history and not in the ledger, which ends at "
+                f"event {len(self.export.events)}."
+            )
+
+    def _check_rest(self) -> None:
+        """Look at what only the ledger has: a lost answer was charged and is counted, anything else is a fault."""
+        recorded = {(number, KINDS[spend.part]) for number, spend in self.spends}
+        for number, kind in sorted(self.events.keys() - recorded):
+            said = f"round {number} ({kind}) is in the ledger of {', '.join(self.sites) or self.export.dataset}"
+            if self._may_be_lost(number, kind):
+                self.notes.append(f"{said} and not in the history: its answer was lost. It is counted.")
+            else:
+                self.faults.append(f"{said}, and the history knows of no such request.")
+
+    def _may_be_lost(self, number: int, kind: Kind) -> bool:
+        """Whether a request was made whose answer no round has: it failed, timed out, or its attempt was lost."""
+        attempt = next((each.attempt for each in self.recorded.rounds if each.number == number), None)
+        if attempt is None or attempt > 1:  # never committed, or by a later attempt than the first
+            return kind in PARTS
+        return any(
+            (at, part.kind) == (number, kind) and part.site in self.sites and part.outcome != "ok"
+            for at, part in self.recorded.participations
+        )
+
+
+def _pairs(spend: Spend, event: Event) -> list[tuple[str, object, object]]:
+    names = ["part", "sampling_rate", "noise_multiplier", "steps"]
+    if spend.mechanism != "none":  # the ledger names the mechanism that had no noise
+        names.append("mechanism")
+    pairs = [(name, getattr(spend, name), event[name]) for name in names]
+    if spend.ledger_number:
+        pairs += [("event", spend.ledger_number, event["number"]), ("digest", spend.ledger_head, event["previous"])]
+    return pairs
+
+
+def _release(event: Event) -> Release:
+    return Release(event["sampling_rate"], event["noise_multiplier"], event["steps"], event["mechanism"])
+
+
+def _epsilon(events: Sequence[Event], delta: float) -> float:
+    try:
+        return accounting.epsilon([_release(event) for event in events], delta)
+    except ConfigError:
+        return math.inf
+
+
+def _lifetime(export: Export) -> float:
+    prices: dict[str, list[float]] = {part: [0.0] for part in PARTS.values()}
+    try:
+        for event in export.events:
+            prices[event["part"]].append(accounting.rdp(_release(event), export.order))
+    except (ConfigError, KeyError):
+        return math.inf
+    largest = max(math.fsum(part) for part in prices.values())
+    return accounting.rdp_to_epsilon(largest, export.order, export.delta)
