@@ -118,7 +118,7 @@ def default_delta(records: int) -> float:
 
 
 def _settings(options: Options) -> dict[str, dict[str, Any]]:
-    every = {
+    every: dict[str, dict[str, Any]] = {
         "training": {
             "rounds": options.rounds,
             "local_steps": options.local_steps,
