@@ -215,9 +215,7 @@ def test_a_site_joins_only_with_room_for_the_whole_run(new_desk: Callable[..., A
     if fits:
         desk.join()
     else:
-        with pytest.raises(
-            BudgetError, match=r"would add 6 to the 0 releases .* charged, above the limit of 5"
-        ):
+        with pytest.raises(BudgetError, match=r"would add 6 to the 0 releases .* charged, above the limit of 5"):
             desk.join()
     assert desk.spent() == 0
 
