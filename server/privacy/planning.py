@@ -157,10 +157,16 @@ def _rows(config: RunConfig, card: DatasetCard, planned: SitePlan) -> list[SiteN
             batch=phase.divisor,
             steps=config.phases[name].steps,
             noise=phase.noise_multiplier,
-            noise_per_coordinate=phase.noise_multiplier / phase.divisor,
+            noise_per_coordinate=_per_coordinate(config, phase.noise_multiplier, phase.divisor),
         )
         for name, phase in planned.phases.items()
     ]
+
+
+def _per_coordinate(config: RunConfig, noise: float, batch: float) -> float:
+    """Return the noise of an averaged coordinate over the clipping norm; rounding to a grid adds to the sensitivity."""
+    rounding = config.privacy.grid / 2 if config.privacy.noise == "discrete" else 0.0
+    return noise * (1 + rounding) / batch
 
 
 def _rounds(config: RunConfig, points: Iterable[int]) -> list[int]:
@@ -197,7 +203,8 @@ def _trade(config: RunConfig, card: DatasetCard, target: SiteNoise, share: float
     epsilon = share * config.privacy.epsilon
     planned = _plan(config, card, epsilon)
     noise = planned.phases[target.phase].noise_multiplier
-    return Trade(epsilon, noise, noise / target.batch, planned.evaluation_noise, noise / target.noise)
+    per_coordinate = _per_coordinate(config, noise, target.batch)
+    return Trade(epsilon, noise, per_coordinate, planned.evaluation_noise, noise / target.noise)
 
 
 def _lifetimes(request: PlanRequest, plans: dict[str, SitePlan]) -> list[Lifetime]:

@@ -238,7 +238,7 @@ def test_an_answer_that_is_being_made_counts_as_a_release(new_desk: Callable[...
         if not refused:  # while the one is computed, the other would be the third
             with (
                 desk.ledger() as ledger,
-                pytest.raises(BudgetError, match="1 releases .* charged and 1 under way") as said,
+                pytest.raises(BudgetError, match=r"1 releases .* charged and 1 under way") as said,
             ):
                 ledger.check_releases(1)
             refused.append(said)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from client.privacy.ledger import Ledger
+from client.privacy.noise import Grid
 from server.privacy import plan_request, planning
 from server.privacy.plan_request import Options
 from shared import accounting, plan
@@ -90,6 +91,19 @@ def test_a_scenario_is_planned_as_its_sites_will_plan_it():
             assert row.steps == phase.rounds * phase.steps_per_round
     assert (planned.site, planned.phase) == ("editorials", "training")  # the smallest site's mean is the noisiest
     assert {10, 26, 36} <= {point.round for point in planned.reached}  # where its phases end
+
+
+def test_discrete_noise_is_planned_with_the_rounding_that_it_covers(tmp_path):
+    file = tmp_path / "discrete.toml"
+    text = VADER.read_text().replace("delta = 1e-5", 'delta = 1e-5\nnoise = "discrete"\ngrid = 0.5')
+    file.write_text(text)
+    read = scenario.load(str(file), {})
+    row = next(row for row in make(Options(records=["2300"]), file).sites if row.phase == "training")
+    theirs = plan.make(read.run_config(), plan.DatasetCard("site-1", 2300, 0.1)).phases["training"]
+    assert row.noise == theirs.noise_multiplier
+    assert row.noise_per_coordinate == pytest.approx(1.25 * row.noise / row.batch)
+    grid = Grid.of(1.5, 100_000, 0.5)  # what the site adds noise for, in steps of its grid
+    assert grid.sensitivity * grid.step / 1.5 == pytest.approx(1.25)
 
 
 def test_a_round_within_a_later_phase_counts_the_phases_before_it():
