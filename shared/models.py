@@ -101,8 +101,11 @@ def load(config: RunConfig) -> LoadedModel:
                 setattr(settings, name, 0.0)
         if not torch.cuda.is_available() and config.task.max_length <= SHORT:
             settings._attn_implementation = "eager"
+        settings._experts_implementation = "eager"  # grouped products know no double, in which the probe computes
         tokenizer = _from_pretrained(AutoTokenizer, folder, config.model.name)
         encoder = _encoder(folder, config.model.name, settings)
+    if config.hardware.checkpointing:
+        _checkpoint(encoder, config.model.name)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # the head pools by itself; an unused parameter would get no gradient
     with torch.random.fork_rng(devices=[]):
@@ -255,6 +258,15 @@ def _encoder(folder: str, name: str, settings: Any) -> Any:
             f"model.name={name!r} lacks weights: {missing[0]!r} and {len(missing) - 1} more are not in its file."
         )
     return encoder
+
+
+def _checkpoint(encoder: Any, name: str) -> None:
+    try:
+        encoder.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError:
+        raise ModelError(
+            f"hardware.checkpointing=true, but {name} cannot compute its activations anew; set it to false."
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -126,23 +126,23 @@ class Entry:
         """Return (B,)."""
         outer, rows = self.factors()
         if self.whole is not None:
-            return (self.whole if outer is None and rows is None else self.per_record()).flatten(1).square().sum(1)
-        if outer is None and rows is None:
-            return torch.zeros(self.records)
-        total = None
-        if outer is not None:
-            total = outer.squared_norms()
+            return (
+                (self.whole if outer is None and rows is None else self.per_record())
+                .reshape(self.records, -1)
+                .square()
+                .sum(1)
+            )
+        total = torch.zeros(self.records) if outer is None else outer.squared_norms()
         if rows is not None:
             records, _, sums = rows.gathered(self.shape[0])
             norms = sums.new_zeros(self.records).index_add_(0, records, sums.square().sum(1))
-            total = norms if total is None else total + norms
+            total = total.to(norms.device) + norms
         if outer is not None and rows is not None:  # a tied weight: the two uses meet in the rows that both touch
             left, right, values = wide(outer.left), wide(outer.right), wide(rows.values)
             met = left.gather(2, rows.ids.unsqueeze(1).expand(-1, left.shape[1], -1))
             cross = met * torch.bmm(right, values.transpose(1, 2))
             margin = MARGIN * torch.finfo(left.dtype).eps * cross.abs().sum((1, 2))
             total = (total + 2 * cross.sum((1, 2))).clamp_min_(0) + margin
-        assert total is not None  # noqa: S101 - one of the two is there
         return total
 
     def add_to(self, total: Tensor, factors: Tensor, kept: Tensor | None) -> None:
@@ -159,13 +159,18 @@ class Entry:
             values = _clean(wide(use.values), kept) * factors.view(-1, 1, 1)
             flat.index_add_(0, use.ids.flatten(), values.flatten(0, 1))
         if self.whole is not None:
-            whole = _clean(self.whole.flatten(1), kept)
+            whole = _clean(self.whole.reshape(self.records, -1), kept)
             total.view(-1).add_(factors @ whole)
 
 
 def wide(values: Tensor) -> Tensor:
     """Return `values` in float32, or in double where they are."""
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def sum_type(values: Tensor) -> torch.dtype:
+    """Precision of a sum of `values`: as in `wide`."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

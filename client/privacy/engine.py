@@ -211,7 +211,7 @@ class Booked:
             losses = objective.run()
             if not losses.requires_grad:
                 raise SensitivityError("the losses depend on no trained parameter.")
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            one.backward(losses.sum())
         with torch.no_grad():
             return one.entries()
 
@@ -253,7 +253,7 @@ class Opacus:
         self._records, self._calls = records, {}
         try:
             yield
-        except SensitivityError:
+        except (SensitivityError, torch.OutOfMemoryError):
             raise
         except (
             RuntimeError,
@@ -305,7 +305,7 @@ class Hooked(Opacus):
     def add(self, objective: Objective, clipping: Clipping, sums: dict[str, Tensor]) -> Tensor:
         """Add the clipped gradients; see `Gradients.add`."""
         samples = self.per_record(objective)
-        norms = torch.stack([sample.flatten(1).norm(dim=1) for sample in samples.values()]).norm(dim=0)
+        norms = _norms(samples)
         factors, finite = clipping.factors(norms), torch.isfinite(norms)
         for name, sample in samples.items():
             kept = (
@@ -343,7 +343,7 @@ class Ghost(Opacus):
         with self._watching(objective.records):
             losses = objective.run()
             losses.sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
-            norms = self._hooks.get_norm_sample()
+            norms: Tensor = self._hooks.get_norm_sample()
             if norms.shape != losses.shape:
                 raise SensitivityError("Opacus's norms are not one a record.")
             finite = torch.isfinite(norms)
@@ -352,7 +352,8 @@ class Ghost(Opacus):
                 for parameter in self._parameters.values():
                     parameter.grad = None
                 if not bool(finite.all()):  # a zero weight times a NaN is a NaN: run the others again
-                    losses = objective.of(finite).run()
+                    self._records = 0
+                    losses = objective.of(finite).run() if bool(finite.any()) else losses[:0]
                 factors = clipping.factors(norms)[finite].to(losses.dtype)
                 (factors * losses).sum().backward()  # type: ignore[no-untyped-call]
             finally:
@@ -362,7 +363,7 @@ class Ghost(Opacus):
                 sums[name] += parameter.grad.to(sums[name].dtype)
         return norms
 
-    def per_record(self, objective: Objective) -> dict[str, Tensor]:
+    def per_record(self, _: Objective) -> dict[str, Tensor]:
         """Raise: norms are all that this method has."""
         raise SensitivityError("hardware.gradients='ghost' has no gradients of single records; use 'auto'.")
 
@@ -404,14 +405,12 @@ class RoundedSum:
     def __init__(self, gradients: Gradients, clipping: Clipping, grid: Grid) -> None:
         self.clipping, self.dropped = clipping, 0
         self._gradients, self._grid = gradients, grid
-        self._sums = {
-            name: torch.zeros_like(value, dtype=torch.int64) for name, value in gradients.parameters.items()
-        }
+        self._sums = {name: torch.zeros_like(value, dtype=torch.int64) for name, value in gradients.parameters.items()}
 
     def add(self, objective: Objective) -> Tensor:
         """Add the rounded gradients of a batch; return the norm (B,) of each before its rounding."""
         samples = self._gradients.per_record(objective)
-        norms = torch.stack([sample.flatten(1).norm(dim=1) for sample in samples.values()]).norm(dim=0)
+        norms = _norms(samples)
         factors, finite = self.clipping.factors(norms), torch.isfinite(norms)
         self.dropped += objective.records - int(finite.sum())
         for name in list(samples):
@@ -421,6 +420,13 @@ class RoundedSum:
     def sums(self) -> dict[str, Tensor]:
         """Return the sum in steps of the grid, int64, not noised: it must not leave this process."""
         return self._sums
+
+
+def _norms(samples: dict[str, Tensor]) -> Tensor:
+    """Return the norm (B,) of each record's gradient over all parameters."""
+    each = [torch.linalg.vector_norm(sample.reshape(len(sample), -1), dim=1) for sample in samples.values()]
+    norms: Tensor = torch.linalg.vector_norm(torch.stack(each), dim=0)
+    return norms
 
 
 def _padding_rows(module: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, int]:

@@ -32,7 +32,7 @@ def check(module: nn.Module, gradients: Gradients, together: Together, alone: Se
     gradients
         The engine under test.
     together
-        Batches: the numbers of the made-up records in each, and their losses.
+        Batches: the numbers of the made-up records in each, and their losses. Each record is in one of them.
     alone
         The loss (1,) of each made-up record by itself, unpadded.
 
@@ -43,7 +43,7 @@ def check(module: nn.Module, gradients: Gradients, together: Together, alone: Se
     Raises
     ------
     SensitivityError
-        Naming the parameter that differs, or the record's contribution; where several methods were tried, of the last.
+        Naming the parameter that differs, or the record's contribution; where several methods were tried, by the first.
     """
     with _in_double(module):
         singles = [gradients.alone(objective) for objective in alone]
@@ -53,7 +53,7 @@ def check(module: nn.Module, gradients: Gradients, together: Together, alone: Se
             try:
                 _compare(gradients, together, singles)
             except SensitivityError as error:
-                refused = error
+                refused = refused or error
             else:
                 return
         assert refused is not None  # noqa: S101 - there is a method

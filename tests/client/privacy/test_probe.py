@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from client import made_up
 from client.privacy import probe
-from client.privacy.engine import ClippedSum, Clipping, PerRecordGradients, train_only
+from client.privacy.book import Entry, Outer
+from client.privacy.engine import Clipping, Gradients, Hooked, Objective, Opacus, train_only
 from client.privacy.randomness import Keystream
 from client.training import EncoderPass
 from shared import models
@@ -19,14 +20,15 @@ from shared.run_config import RunConfig
 from shared.tasks.text_classification import Examples
 
 
-def run(config: RunConfig, change: Callable[[LoadedModel], None] = lambda _: None) -> None:
-    """Run the probe as training does, on a model that `change` has broken."""
+def run(config: RunConfig, change: Callable[[LoadedModel], None] = lambda _: None) -> str:
+    """Run the probe as training does, on a model that `change` has broken; return the method that it settles on."""
     model = models.load(config)
     change(model)
     parameters = train_only(model.module, [n for n, _ in model.module.named_parameters() if n in model.trainable])
     objective = EncoderPass(model, Examples((), ()), config)
-    with PerRecordGradients(objective.module, parameters) as gradients:
+    with Gradients(objective.module, parameters, config.hardware.gradients) as gradients:
         probe.check(objective.module, gradients, *objective.made_up(Keystream.from_system()))
+        return gradients.method
 
 
 @pytest.fixture
@@ -60,56 +62,86 @@ def test_the_probe_passes_where_the_model_is_sure_of_itself(lora: RunConfig, fac
 # -- faults of the engine ------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def hooked(new_config: Callable[..., RunConfig]) -> RunConfig:
+    return new_config(model={"trainable": "full"}, hardware={"gradients": "hooks"})
+
+
+Samples = dict[str, Tensor]
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Samples, Clipping], tuple[Samples, Tensor]]) -> None:
+    """Put a faulty clipping in the place of the engine's: from the gradients of single records to scaled ones."""
+
+    def add(self: Gradients, objective: Objective, clipping: Clipping, sums: Samples) -> Tensor:
+        scaled, norms = fault(self.per_record(objective), clipping)
+        for name, sample in scaled.items():
+            sums[name] += sample.sum(0)
+        return norms
+
+    monkeypatch.setattr(Gradients, "add", add)
+
+
+def scale(sample: Tensor, factors: Tensor) -> Tensor:
+    return sample * factors.view(-1, *[1] * (sample.dim() - 1))
+
+
+def norms_of(samples: Samples) -> Tensor:
+    return torch.stack([sample.flatten(1).norm(dim=1) for sample in samples.values()]).norm(dim=0)
+
+
+def test_the_plants_below_leave_a_right_engine_right(lora: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def right(samples: Samples, clipping: Clipping) -> tuple[Samples, Tensor]:
+        factors = clipping.factors(norms_of(samples))
+        return {name: scale(sample, factors) for name, sample in samples.items()}, norms_of(samples)
+
+    plant(monkeypatch, right)
+    run(lora)
+
+
 def test_the_probe_catches_a_mean_instead_of_a_sum(full: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = PerRecordGradients.of
+    def mean(samples: Samples, clipping: Clipping) -> tuple[Samples, Tensor]:
+        averaged = {name: sample / len(sample) for name, sample in samples.items()}
+        factors = clipping.factors(norms_of(averaged))
+        return {name: scale(sample, factors) for name, sample in averaged.items()}, norms_of(averaged)
 
-    def mean(self: PerRecordGradients, forward: Any, records: int) -> dict[str, Tensor]:
-        return right(self, lambda: forward() / records, records)
-
-    monkeypatch.setattr(PerRecordGradients, "of", mean)
+    plant(monkeypatch, mean)
     with pytest.raises(SensitivityError, match="loop over single records"):
         run(full)
 
 
 def test_the_probe_catches_a_parameter_forgotten_in_the_norm(lora: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def add(self: ClippedSum, forward: Any, records: int) -> Tensor:
-        samples = self._gradients.of(forward, records)
-        counted = [sample for name, sample in samples.items() if name != "head.weight"]
-        norms = torch.stack([sample.flatten(1).norm(dim=1) for sample in counted]).norm(dim=0)
-        for name, sample in samples.items():
-            self._sums[name] += torch.tensordot(self.clipping.factors(norms), sample, dims=1)
-        return norms * self.clipping.factors(norms)
+    def forget(samples: Samples, clipping: Clipping) -> tuple[Samples, Tensor]:
+        norms = norms_of({name: sample for name, sample in samples.items() if name != "head.weight"})
+        return {name: scale(sample, clipping.factors(norms)) for name, sample in samples.items()}, norms
 
-    monkeypatch.setattr(ClippedSum, "add", add)
+    plant(monkeypatch, forget)
     with pytest.raises(SensitivityError, match="loop over single records"):
         run(lora)
 
 
 def test_the_probe_catches_clipping_by_parameter(lora: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def add(self: ClippedSum, forward: Any, records: int) -> Tensor:
-        samples = self._gradients.of(forward, records)
-        for name, sample in samples.items():
-            factors = self.clipping.factors(sample.flatten(1).norm(dim=1))
-            self._sums[name] += torch.tensordot(factors, sample, dims=1)
-        return torch.zeros(records)
+    def by_parameter(samples: Samples, clipping: Clipping) -> tuple[Samples, Tensor]:
+        scaled = {
+            name: scale(sample, clipping.factors(sample.flatten(1).norm(dim=1))) for name, sample in samples.items()
+        }
+        return scaled, torch.zeros_like(norms_of(samples))
 
-    monkeypatch.setattr(ClippedSum, "add", add)
+    plant(monkeypatch, by_parameter)
     with pytest.raises(SensitivityError, match="loop over single records"):
         run(lora)
 
 
 def test_the_probe_catches_clipping_by_token(full: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = PerRecordGradients.of
-
-    def by_token(self: PerRecordGradients, forward: Any, records: int) -> dict[str, Tensor]:
-        samples = right(self, forward, records)
+    def by_token(samples: Samples, clipping: Clipping) -> tuple[Samples, Tensor]:
         name = "encoder.embeddings.word_embeddings.weight"  # each row of it is a token's gradient
         rows = samples[name]
         samples[name] = rows * (0.01 / rows.norm(dim=2, keepdim=True).clamp_min(1e-12)).clamp(max=1)
-        return samples
+        factors = clipping.factors(norms_of(samples))
+        return {name: scale(sample, factors) for name, sample in samples.items()}, norms_of(samples)
 
-    monkeypatch.setattr(PerRecordGradients, "of", by_token)
-    with pytest.raises(SensitivityError, match="word_embeddings"):
+    plant(monkeypatch, by_token)
+    with pytest.raises(SensitivityError, match="loop over single records"):
         run(full)
 
 
@@ -126,13 +158,38 @@ def test_the_probe_catches_no_clipping_at_all(lora: RunConfig, monkeypatch: pyte
         run(lora)
 
 
-def test_the_probe_catches_position_ids_that_are_broadcast(full: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PerRecordGradients, "_expand_positions", lambda self, _, inputs: inputs)
+def test_the_probe_catches_position_ids_that_are_broadcast(hooked: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Opacus, "_expand_positions", lambda self, _, inputs: inputs)
     with pytest.raises(SensitivityError, match="position_embeddings"):
-        run(full)
-    monkeypatch.setattr(PerRecordGradients, "_look", lambda *_: None)  # the guard of the layers gone as well
+        run(hooked)
+    monkeypatch.setattr(Opacus, "_look", lambda *_: None)  # the guard of the layers gone as well
     with pytest.raises(SensitivityError, match="position_embeddings"):
-        run(full)
+        run(hooked)
+
+
+def test_the_probe_catches_table_rows_booked_for_the_batch(full: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Entry.add_rows
+
+    def for_the_first(self: Entry, ids: Tensor, values: Tensor) -> None:
+        only = torch.zeros_like(values)
+        only[0] = values.sum(0)
+        right(self, ids, only)
+
+    monkeypatch.setattr(Entry, "add_rows", for_the_first)
+    with pytest.raises(SensitivityError, match="embeddings"):
+        run(full.model_copy(update={"hardware": full.hardware.model_copy(update={"gradients": "one-pass"})}))
+
+
+def test_auto_takes_hooks_where_the_one_pass_is_wrong(lora: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Outer.squared_norms
+    monkeypatch.setattr(Outer, "squared_norms", lambda self: 0.25 * right(self))
+    monkeypatch.setattr(Outer, "is_larger_than_its_product", lambda self: False)
+    with pytest.raises(SensitivityError, match=r"x the clipping norm|loop over single records"):
+        run(lora.model_copy(update={"hardware": lora.hardware.model_copy(update={"gradients": "one-pass"})}))
+    assert run(lora) == "hooks"
+    monkeypatch.setattr(Hooked, "per_record", lambda *_: {})
+    with pytest.raises((SensitivityError, RuntimeError)):
+        run(lora)
 
 
 # -- models that couple records ------------------------------------------------------------------------------
@@ -174,7 +231,7 @@ def standardise(model: LoadedModel) -> None:
 
 
 def test_tokens_taken_for_records_are_refused_by_the_guard_and_without_it_by_the_probe(
-    full: RunConfig, monkeypatch: pytest.MonkeyPatch
+    full: RunConfig, hooked: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def deep(model: LoadedModel) -> None:
         dense = model.module.encoder.encoder.layer[0].intermediate
@@ -184,10 +241,11 @@ def test_tokens_taken_for_records_are_refused_by_the_guard_and_without_it_by_the
         object.__setattr__(model, "trainable", tuple(n for n, _ in model.module.named_parameters()))
 
     with pytest.raises(SensitivityError, match="does not see one row a record"):
-        run(full, deep)
-    monkeypatch.setattr(PerRecordGradients, "_look", lambda *_: None)
+        run(hooked, deep)
+    monkeypatch.setattr(Opacus, "_look", lambda *_: None)
     with pytest.raises(SensitivityError):
-        run(full, deep)
+        run(hooked, deep)
+    assert run(full, deep) == "one-pass"  # which sees whose they are
 
 
 @pytest.mark.parametrize("trainable", ["lora", "head", "bias"])
@@ -211,12 +269,18 @@ def test_features_that_depend_on_the_records_beside_are_refused(lora: RunConfig)
 def test_made_up_records_without_any_gradient_prove_nothing_and_are_refused() -> None:
     layer = nn.Linear(3, 1)
     records = torch.ones(2, 3, dtype=torch.float64)
-    with PerRecordGradients(layer, dict(layer.named_parameters())) as gradients:
-        alone = [lambda: layer(records[:1])[:, 0]] * 2
-        probe.check(layer, gradients, [(range(2), lambda: layer(records)[:, 0])], alone)
-        nothing = [lambda: 0 * layer(records[:1])[:, 0]] * 2
-        with pytest.raises(SensitivityError, match="can tell nothing"):
-            probe.check(layer, gradients, [(range(2), lambda: 0 * layer(records)[:, 0])], nothing)
+    with Gradients(layer, dict(layer.named_parameters())) as gradients:
+        for weight in (1.0, 0.0):
+
+            def losses(records: Tensor, weight: float = weight) -> Tensor:
+                return weight * layer(records)[:, 0]
+
+            together, alone = [(range(2), Objective((records,), losses))], [Objective((records[:1],), losses)] * 2
+            if weight:
+                probe.check(layer, gradients, together, alone)
+                continue
+            with pytest.raises(SensitivityError, match="can tell nothing"):
+                probe.check(layer, gradients, together, alone)
     assert layer.weight.dtype == torch.float32
 
 

@@ -7,7 +7,6 @@ import copy
 import math
 import os
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -56,12 +55,14 @@ def test_the_tails_have_their_weight(stream: Keystream) -> None:
 
 
 def test_extreme_words_give_finite_symmetric_noise(stream: Keystream, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = np.array([0, 1, 2**64 - 2, 2**64 - 1], dtype=np.uint64)
+    words = np.array([0, 2**64 - 1, 2**64 - 1, 0], dtype=np.uint64)  # two radii, then two angles
     monkeypatch.setattr(stream, "words", lambda n: words)
     draws = stream.normal(4)
-    assert draws[0] == pytest.approx(9.155, abs=1e-3)
-    assert draws[1] == -draws[0]
-    assert abs(draws[2]) < 1e-15
+    assert np.isfinite(draws).all()
+    assert draws[0] == pytest.approx(9.419, abs=1e-3)  # the smallest uniform, at angle 0 (all but)
+    assert draws[1] == draws[3] == 0  # the largest uniform
+    words[2] = 2**63  # half of a turn: the largest radius the other way
+    assert stream.normal(4)[0] == pytest.approx(-9.419, abs=1e-3)
     uniforms = stream.uniform(4)
     assert uniforms.min() == 2.0**-53
     assert uniforms.max() == 1 - 2.0**-53
@@ -141,9 +142,3 @@ def test_a_forked_child_cannot_repeat_its_parents_stream(stream: Keystream) -> N
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
     assert len(stream.normal(1)) == 1  # the parent goes on
-
-
-def test_two_million_normals_take_less_than_a_second(stream: Keystream) -> None:
-    start = time.perf_counter()
-    stream.normal(2_000_000)
-    assert time.perf_counter() - start < 1  # 0.06 s where it was measured
