@@ -37,6 +37,7 @@ EVENT: dict[str, type] = {
 }
 
 Values = Mapping[str, Any]
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Fault:
 
 def canonical(values: Values) -> str:
     """Return the one JSON text of some values: keys sorted, no spaces, ASCII, floats at full precision."""
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return _ENCODER.encode(values)
 
 
 def row_digest(header: Values, event: Values) -> str:
@@ -135,14 +136,15 @@ def _parts(export: Values) -> tuple[Values, list[Values]]:
 
 
 def _typed(values: Values, fields: dict[str, type], what: str) -> dict[str, Any]:
-    if set(values) != set(fields):
+    if values.keys() != fields.keys():
         raise DataError(f"{what} lacks or has beyond its fields: {_named(set(values) ^ set(fields))}")
     typed = {}
     for name, kind in fields.items():
         value = values[name]
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not (isinstance(value, str) if kind is str else number and kind(value) == value):
-            raise DataError(f"{what}'s {name} is not a {kind.__name__}")
+        if type(value) is not kind or kind is float:
+            number = type(value) in (int, float) and math.isfinite(value)
+            if kind is str or not number or kind(value) != value:
+                raise DataError(f"{what}'s {name} is not a {kind.__name__}")
         typed[name] = kind(value)
     return typed
 

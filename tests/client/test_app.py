@@ -205,6 +205,13 @@ def test_a_refusal_that_rests_on_public_values_says_why(new_desk: Callable[..., 
         assert "max_run_epsilon" in assert_refusal(send(desk.site, kind, record), "refused")
 
 
+def test_a_site_without_budget_says_so_and_only_then(new_desk: Callable[..., Any], send: Any) -> None:
+    desk = new_desk(site={"privacy": {"max_epsilon": 2.0}})
+    for kind, record in requests(desk).items():
+        assert "max_epsilon" in assert_refusal(send(desk.site, kind, record), "exhausted")
+    assert desk.spent() == 0
+
+
 def test_a_message_that_is_none_of_ours_is_not_answered(desk: Any, send: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     good = requests(desk)
