@@ -137,28 +137,30 @@ def tighten(desk: Any, **limits: Any) -> None:
     file.write_text(tomli_w.dumps(values), encoding="utf-8")
 
 
-@pytest.mark.parametrize("kind", ["train", "evaluate"])
+TIGHTER: list[tuple[dict[str, Any], str]] = [
+    ({"models": ["pypi:*"]}, r"models \['pypi:\*'\]"),
+    ({"tasks": []}, r"\[privacy\] tasks"),
+    ({"coordinators": ["ward-*"]}, r"\[privacy\] coordinators"),
+    ({"max_run_epsilon": 1.0}, "limit of 1 .*max_run_epsilon"),
+    ({"min_noise_multiplier": 3.0}, "min_noise_multiplier"),
+    ({"max_epsilon": 1.0}, "limit of 1 .*max_epsilon"),
+    ({"max_releases": 2}, "limit of 2 .*max_releases"),
+    ({"delta": 1e-4}, "limit of 0.0001 .*delta"),
+    ({"delta": 5e-3}, "delta or allow_device_noise has changed"),
+    ({"allow_device_noise": False}, "delta or allow_device_noise has changed"),
+]
+
+
 @pytest.mark.parametrize(
-    ("limits", "said"),
-    [
-        ({"models": ["pypi:*"]}, r"models \['pypi:\*'\]"),
-        ({"tasks": []}, r"\[privacy\] tasks"),
-        ({"coordinators": ["ward-*"]}, r"\[privacy\] coordinators"),
-        ({"max_run_epsilon": 1.0}, "limit of 1 .*max_run_epsilon"),
-        ({"min_noise_multiplier": 3.0}, "min_noise_multiplier"),
-        ({"max_epsilon": 3.0}, "limit of 3 .*max_epsilon"),
-        ({"max_releases": 2}, "limit of 2 .*max_releases"),
-        ({"delta": 1e-4}, "limit of 0.0001 .*delta"),
-        ({"delta": 5e-3}, "delta or allow_device_noise has changed"),
-        ({"allow_device_noise": False}, "delta or allow_device_noise has changed"),
-    ],
+    ("kind", "limits", "said"),
+    [*(("evaluate", *each) for each in TIGHTER), *(("train", *each) for each in TIGHTER[-5:-2])],
 )
 def test_a_policy_tightened_while_the_answer_is_made_stops_its_release(
     new_desk: Callable[..., Any], kind: str, limits: dict[str, Any], said: str
 ) -> None:
     desk = new_desk(site={"privacy": {"allow_device_noise": True}})
-    desk.train()
-    desk.evaluate()
+    desk.evaluate(number=1)
+    desk.evaluate(number=2)
     drawn = []
 
     def at_work(name: str) -> Keystream:  # asked for when the site has checked all and begins to compute
@@ -169,7 +171,7 @@ def test_a_policy_tightened_while_the_answer_is_made_stops_its_release(
     desk.randomness = at_work
     ask = desk.train if kind == "train" else desk.evaluate
     with pytest.raises(PolicyError if "delta or" not in said else RefusedError, match=said) as refused:
-        ask(number=2)
+        ask(number=3)
     assert "\n" not in str(refused.value)
     assert drawn  # it was computed, and not sent
     with contextlib.closing(sqlite3.connect(desk.site.ledger)) as file:
