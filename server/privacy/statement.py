@@ -13,12 +13,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import get_args
 
 from server.history.records import Attempt, Kind, Ledger, Part, Participation, Round, Run, Spend
 from server.history.store import History
+from server.mechanisms import release
 from shared import accounting
-from shared.accounting import Mechanism, Release
 from shared.errors import ConfigError
 
 PARTS: dict[Kind, Part] = {"train": "train", "evaluate": "validation"}  # which part a request is charged to
@@ -173,22 +172,12 @@ def by_place(spends: Iterable[tuple[int, Spend]]) -> dict[Place, list[tuple[int,
 def _compose(spends: Iterable[Spend], delta: float) -> float:
     """Epsilon of recorded releases, in the order in which they were charged; inf where no mechanism made them."""
     try:
-        return accounting.epsilon([_release(spend) for spend in spends], delta)
+        return accounting.epsilon(
+            [release(spend.mechanism, spend.sampling_rate, spend.noise_multiplier, spend.steps) for spend in spends],
+            delta,
+        )
     except ConfigError:
         return math.inf
-
-
-def _release(spend: Spend) -> Release:
-    """Return what a recorded spend released.
-
-    Raises
-    ------
-    ConfigError
-        Where no mechanism of ours can have made it.
-    """
-    if spend.mechanism == "none":
-        return Release(spend.sampling_rate, 0.0, spend.steps)
-    return Release(spend.sampling_rate, spend.noise_multiplier, spend.steps, _mechanism(spend.mechanism))
 
 
 def agree(one: float, other: float) -> bool:
@@ -205,13 +194,6 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             spans.append([number, number])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
-
-
-def _mechanism(name: str) -> Mechanism:
-    for known in get_args(Mechanism):
-        if name == known:
-            return known  # type: ignore[no-any-return]
-    raise ConfigError(f"mechanism={name!r} is none that is accounted for.")
 
 
 def _planned(run: Run) -> float | None:

@@ -1,6 +1,6 @@
 """Epsilon once more, from the releases in the history: what a site reports is not taken on trust.
 
-A site reports its epsilon and the releases behind it. The same composition by privacy-loss distributions,
+A site reports its epsilon and the releases behind it. The same composition,
 done here, must not come to more than the site says. It can come to less: a site charges before it sends,
 and an answer that was lost is in its ledger and not in the history.
 """
@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from server.mechanisms import release
 from server.report.sites import Account, Accounts, Release
 from server.report.words import cut
 from server.report.words import epsilon as rounded
@@ -59,7 +60,7 @@ def check(held: Accounts) -> Check:
 def _compose(account: Account) -> float | None:
     try:
         releases = [
-            accounting.Release(each.sampling_rate, each.noise_multiplier, each.steps) for each in account.releases
+            release(each.mechanism, each.sampling_rate, each.noise_multiplier, each.steps) for each in account.releases
         ]
         return accounting.epsilon(releases, account.spend.delta)
     except ConfigError:

@@ -32,6 +32,8 @@ class Privacy:
     check: Check | None  # None without privacy
     unanswered: int  # requests without an answer, which the site may have charged all the same
     simulated: bool
+    continuous: bool  # whether a release had continuous noise
+    device_noise: bool  # whether a release's noise came from an accelerator's own generator
 
 
 def privacy(facts: Facts, found: Accounts) -> Privacy:
@@ -57,6 +59,8 @@ def privacy(facts: Facts, found: Accounts) -> Privacy:
         check=checked,
         unanswered=sum(part.outcome in ("failed", "timeout") for _, part in facts.participations),
         simulated=any(attempt.engine == "in-process" for attempt in facts.attempts),
+        continuous=any(spend.mechanism == "gaussian" for _, spend in facts.spends),
+        device_noise=any(spend.noise_source == "device" for _, spend in facts.spends),
     )
 
 

@@ -17,6 +17,7 @@ class Release:
     sampling_rate: float
     noise_multiplier: float
     steps: int
+    mechanism: str = "gaussian"
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,15 @@ def accounts(spends: Sequence[tuple[int, Spend]]) -> Accounts:
     An epsilon that is not a number counts as the largest: nothing is known of it.
     """
     largest: dict[tuple[str, str, Part], Spend] = {}
-    steps: dict[tuple[str, str, Part], dict[tuple[float, float], int]] = defaultdict(dict)
+    steps: dict[tuple[str, str, Part], dict[tuple[float, float, str], int]] = defaultdict(dict)
     for _, spend in spends:
         key = (spend.site, spend.dataset, spend.part)
         if key not in largest or not spend.epsilon < largest[key].epsilon:
             largest[key] = spend
-        kind = (spend.sampling_rate, spend.noise_multiplier)
+        kind = (spend.sampling_rate, spend.noise_multiplier, spend.mechanism)
         steps[key][kind] = steps[key].get(kind, 0) + spend.steps
     return {
-        key: Account(spend, tuple(Release(*kind, total) for kind, total in steps[key].items()))
+        key: Account(spend, tuple(Release(rate, noise, total, how) for (rate, noise, how), total in steps[key].items()))
         for key, spend in largest.items()
     }
 

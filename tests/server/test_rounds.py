@@ -14,13 +14,15 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 import client.app
+from client import answers
 from client.privacy import ledger_count
 from client.privacy.randomness import Keystream
+from client.site import load as load_site
 from server import checkpoints, job, rounds
 from server.history.records import Ledger
 from server.history.store import History
 from server.observer import Log
-from shared import messages
+from shared import accounting, messages, plan
 from shared.errors import ConfigError, NotFoundError, RunFailedError
 from shared.messages import EvaluateReply, JoinReply, Refusal, TrainReply
 from simulations import prepare, scenario
@@ -687,3 +689,41 @@ def test_a_reply_whose_words_are_none_is_recorded_as_failed(fresh, lie):
     assert outcome == "failed"
     assert "the reply's" in error
     assert error.isprintable()
+
+
+def test_a_site_whose_budget_another_run_spends_meanwhile_is_exhausted_and_the_first_run_goes_on_without_it(federate):
+    """Two runs on one dataset: each fits alone, and the first with the second does not."""
+    first, second = federate(), federate()
+    site_of = prepare.run_folder(first.run) / "sites" / "south"
+    other = prepare.run_folder(second.run) / "sites" / "south"
+    shutil.rmtree(other)
+    other.symlink_to(site_of)  # the same records, split and ledger
+    file = site_of / "site.toml"
+    south = load_site(file)
+    with answers.open_ledger(south) as ledger:
+        planned = plan.make(scenario_config(first), south.dataset.card())
+        parts = [planned.releases(part) for part in ("train", "validation")]
+        price = max(sum(accounting.rdp(release, ledger.order) for release in releases) for releases in parts)
+        limit = accounting.rdp_to_epsilon(1.5 * price, ledger.order, 1e-5)
+    file.write_text(file.read_text().replace("max_epsilon = 20.0", f"max_epsilon = {limit!r}"))
+
+    class Meanwhile(Log):
+        def round_finished(self, done):
+            if done.number == 2:
+                assert second.play().status == "completed"
+
+    assert first.play(Meanwhile()).status == "completed"
+    outcome, error = first.outcomes("evaluate")[4, "south"]  # the part whose releases cost more is spent first
+    assert (outcome, "[privacy] max_epsilon" in error) == ("exhausted", True)
+    assert [n for n, who in first.outcomes() if who == "south"] == [1, 2, 3, 4]
+    assert [n for n, who in first.outcomes() if who == "north"] == [1, 2, 3, 4, 5]
+    assert (5, "south") not in first.outcomes("evaluate")
+    assert "site south is not asked again in this attempt: " in warnings_of(first)[-1]
+    assert len([n for n, who in second.outcomes() if who == "south"]) == ROUNDS
+    with answers.open_ledger(load_site(file)) as ledger:
+        assert ledger.lifetime_epsilon() <= limit
+        assert {spend.question.run for spend in ledger.spends()} == {first.run, second.run}
+
+
+def scenario_config(federation):
+    return job.load(prepare.run_folder(federation.run)).config
