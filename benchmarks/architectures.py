@@ -20,8 +20,9 @@ Record = dict[str, Tensor]  # one record, without a batch dimension
 Batch = tuple[Tensor, ...]  # what a module's forward takes, each (B, ...), padded to the longest
 
 VOCABULARY, PADDING, LABELS, SIDE, CHANNELS = 53, 1, 3, 16, 3
-LENGTHS = (7, 5, 6, 4, 7, 3, 5, 6, 9, 4, 8)  # tokens of the records, in turn
+LENGTHS = (7, 5, 6, 4, 7, 3, 5, 6, 9, 4, 8)  # tokens of the records
 BATCHES = ((0, 1, 2, 3, 4, 5, 6), (7,), (8, 9, 10))  # seven of at most seven tokens; one alone; three
+TOKENS = ("input_ids", "attention_mask", "decoder_input_ids", "targets")  # what is padded to a width in tokens
 FILLERS = {"input_ids": PADDING, "decoder_input_ids": PADDING, "targets": -100}  # others are padded with 0
 
 TEXT = {"vocab_size": VOCABULARY, "pad_token_id": PADDING, "bos_token_id": 0, "eos_token_id": 2}
@@ -69,72 +70,74 @@ class Architecture:
     name: str
     family: str  # encoder, decoder, encoder-decoder, vision, audio, trap
     build: Callable[[], nn.Module]  # forward(*batch) -> losses (B,); float32, train mode, random weights
-    examples: Callable[[int, torch.Generator], list[Record]]
+    examples: Callable[[Sequence[int], torch.Generator], list[Record]]  # one record of each length, in tokens
     note: str = ""  # what makes it hard
     coupled: bool = False  # its records depend on one another: every cell must be refused
 
 
-def collate(records: Sequence[Record]) -> Batch:
-    """Put records side by side, padded to the longest; one alone is not padded."""
-    return tuple(_stack(name, [record[name] for record in records]) for name in records[0])
+def collate(records: Sequence[Record], width: int = 0) -> Batch:
+    """Put records side by side, padded to the longest, and tokens to `width` at least; one alone is not padded."""
+    return tuple(_stack(name, [record[name] for record in records], width) for name in records[0])
 
 
-def _stack(name: str, values: list[Tensor]) -> Tensor:
-    if len({value.shape for value in values}) == 1:
-        return torch.stack(values)
-    return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=FILLERS.get(name, 0))
+def _stack(name: str, values: list[Tensor], width: int) -> Tensor:
+    if len({value.shape for value in values}) > 1 or (name in TOKENS and len(values[0]) < width):
+        longest = max(len(value) for value in values)
+        longest = max(longest, width) if name in TOKENS else longest
+        padded = [nn.functional.pad(value, (0, longest - len(value)), value=FILLERS.get(name, 0)) for value in values]
+        return torch.stack(padded)
+    return torch.stack(values)
 
 
 # -- records -------------------------------------------------------------------------------------------------
 
 
-def texts(count: int, generator: torch.Generator, labels: bool = True) -> list[Record]:
+def texts(lengths: Sequence[int], generator: torch.Generator, labels: bool = True) -> list[Record]:
     """Token ids, their mask, and a label."""
     records = []
-    for number in range(count):
-        ids = _tokens(LENGTHS[number % len(LENGTHS)], generator)
+    for length in lengths:
+        ids = _tokens(length, generator)
         record = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         records.append({**record, "label": _label(generator)} if labels else record)
     return records
 
 
-def pairs(count: int, generator: torch.Generator) -> list[Record]:
+def pairs(lengths: Sequence[int], generator: torch.Generator) -> list[Record]:
     """A text, and another of a length of its own to be generated."""
-    records = texts(count, generator, labels=False)
+    records = texts(lengths, generator, labels=False)
     for number, record in enumerate(records):
-        targets = _tokens(LENGTHS[(number + 3) % len(LENGTHS)], generator)
+        targets = _tokens(lengths[(number + 3) % len(lengths)], generator)
         record |= {"decoder_input_ids": torch.cat([torch.tensor([2]), targets[:-1]]), "targets": targets}
     return records
 
 
-def images(count: int, generator: torch.Generator, side: int = SIDE) -> list[Record]:
+def images(lengths: Sequence[int], generator: torch.Generator, side: int = SIDE) -> list[Record]:
     """Pixels and a label."""
     return [
-        {"pixels": torch.randn(CHANNELS, side, side, generator=generator), "label": _label(generator)}
-        for _ in range(count)
+        {"pixels": torch.randn(CHANNELS, side, side, generator=generator), "label": _label(generator)} for _ in lengths
     ]
 
 
-def sounds(count: int, generator: torch.Generator) -> list[Record]:
+def sounds(lengths: Sequence[int], generator: torch.Generator) -> list[Record]:
     """Samples of a wave, of different lengths, their mask and a label."""
     records = []
-    for number in range(count):
-        wave = torch.randn(40 + 30 * LENGTHS[number % len(LENGTHS)], generator=generator)
+    for length in lengths:
+        wave = torch.randn(40 + 30 * length, generator=generator)
         mask = torch.ones(len(wave), dtype=torch.long)
-        records.append({"values": wave, "attention_mask": mask, "label": _label(generator)})
+        records.append({"values": wave, "heard": mask, "label": _label(generator)})
     return records
 
 
-def spectrograms(count: int, generator: torch.Generator, shape: tuple[int, int]) -> list[Record]:
+def spectrograms(lengths: Sequence[int], generator: torch.Generator, shape: tuple[int, int]) -> list[Record]:
     """Log-mel features of one shape, and a label."""
-    return [{"pixels": torch.randn(*shape, generator=generator), "label": _label(generator)} for _ in range(count)]
+    return [{"pixels": torch.randn(*shape, generator=generator), "label": _label(generator)} for _ in lengths]
 
 
-def transcripts(count: int, generator: torch.Generator) -> list[Record]:
+def transcripts(lengths: Sequence[int], generator: torch.Generator) -> list[Record]:
     """Log-mel features of one length, and a text of a length of its own."""
     records = []
-    for number in range(count):
-        targets = _tokens(LENGTHS[number % len(LENGTHS)], generator)
+    for length in lengths:
+        targets = _tokens(length, generator)
         decoder_input = torch.cat([torch.tensor([2]), targets[:-1]])
         features = torch.randn(8, 24, generator=generator)
         records.append({"input_features": features, "decoder_input_ids": decoder_input, "targets": targets})

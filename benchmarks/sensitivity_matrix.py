@@ -16,7 +16,8 @@ It is
     none      the architecture has nothing of the kind to train (no bias in all of Llama)
 
 The loop is written here, not taken from the probe: one record at a time, unpadded, plain autograd in double, on
-a copy of the module that the engine never sees. The probe runs as in training, on records of its own.
+a copy of the module that the engine never sees. The probe runs as in training (its lengths and batches are those of
+client/made_up.py), on records of its own.
 The program fails where a cell is wrong or an error, or a cell that must be refused is not.
 """
 
@@ -35,11 +36,12 @@ from typing import Literal
 
 import torch
 from architecture_traps import TRAPS
-from architectures import ARCHITECTURES, BATCHES, Architecture, Batch, Record, collate
+from architectures import ARCHITECTURES, BATCHES, LENGTHS, Architecture, Batch, Record, collate
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from client import made_up
 from client.privacy import probe
 from client.privacy.engine import ClippedSum, Clipping, Gradients, Objective, train_only
 from shared.errors import ModelError, SensitivityError
@@ -50,7 +52,6 @@ MODES: tuple[Mode, ...] = ("hooks", "one-pass", "auto")
 TOLERANCE = 1e-4  # of the sum, and of a record's share over the clipping norm
 FLOOR = 1e-2  # of the whole: a parameter with less is compared on this scale
 SLACK = 1e-3  # the engine says that it clips to norm / (1 + SLACK)
-PROBES = ((0, 1, 2, 3, 4, 5, 6), (7, 9), (8,), (10, 11, 12))  # how the probe's made-up records stand side by side
 
 Outcome = Literal["right", "refused", "wrong", "error", "none"]
 Summed = Callable[[Clipping, Sequence[Batch]], tuple[Tensor, dict[str, Tensor]]]  # -> contributions (N,), the sum
@@ -188,22 +189,17 @@ def try_cell(architecture: Architecture, part: str, mode: Mode, seed: int = 1, p
         parameters = choose(module, part)
         if not parameters:
             return Cell(*place, "none", reason=f"nothing to train but a head in {architecture.name} under {part!r}")
-        records = architecture.examples(
-            1 + max(max(numbers) for numbers in BATCHES), torch.Generator().manual_seed(seed)
-        )
+        records = architecture.examples(LENGTHS, torch.Generator().manual_seed(seed))
         singles = loop(module, parameters, records)
-        made_up = architecture.examples(
-            1 + max(max(numbers) for numbers in PROBES), torch.Generator().manual_seed(-seed)
-        )
+        others = architecture.examples(made_up.LENGTHS, torch.Generator().manual_seed(-seed))
         with Gradients(module, parameters, mode) as gradients:
             if probed:
                 where = "probe"
-                probe.check(
-                    module,
-                    gradients,
-                    [(numbers, Objective(collate([made_up[n] for n in numbers]), module)) for numbers in PROBES],
-                    [Objective(collate([record]), module) for record in made_up],
-                )
+                together = [
+                    (numbers, Objective(collate([others[number] for number in numbers], width), module))
+                    for numbers, width in made_up.TOGETHER
+                ]
+                probe.check(module, gradients, together, [Objective(collate([one]), module) for one in others])
 
             def summed(clipping: Clipping, batches: Sequence[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
                 nonlocal where
@@ -362,10 +358,12 @@ def main() -> int:
     for mode in modes:
         print(f"{mode}: {counts([cell for cell in cells if cell.mode == mode])}")
     print(f"{minutes:.1f} minutes")
-    for cell in [*bad, *(cell for cell in cells if cell.outcome == "refused")]:
-        print(
-            f"{cell.outcome}: {cell.architecture}, {cell.part}, {cell.mode} ({cell.where}) gap {cell.gap:.2g} share {cell.share:.5f} {cell.reason}"
+    for cell in bad:
+        measured = (
+            f"differs by {cell.gap:.2g}, contributes {cell.share:.5f}" if cell.outcome == "wrong" else cell.reason
         )
+        print(f"{cell.outcome}: {cell.architecture}, {cell.part}, {cell.mode} {cell.where}: {measured}")
+    print("\n".join(["refused:", *refusals(cells)]))
     if options.markdown:
         options.markdown.write_text(markdown(cells, modes, minutes))
     return 1 if bad else 0
