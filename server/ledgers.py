@@ -30,10 +30,11 @@ class Ledgers:
     def __init__(self, history: History, run: str, *, simulated: bool, resumed: int | None) -> None:
         self._history, self._run, self._simulated, self._resumed = history, run, simulated, resumed
         self._before: dict[str, Ledger] = {}
+        self._joined: set[str] = set()
 
     def look(self) -> None:
         """Read what has been seen so far: call it before a question is sent."""
-        self._before = self._history.ledgers()
+        self._before = self._history.ledgers(self._joined or None)
 
     def at_join(self, reply: JoinReply) -> str | None:
         """Say that a site's ledger has gone back, or remember how far it is; note an account that is new."""
@@ -49,6 +50,7 @@ class Ledgers:
                 "on the same records is not in the new one.",
             )
         self._saw(reply, reply.dataset)
+        self._joined.add(reply.ledger_id)
         return None
 
     def at_reply(self, reply: TrainReply | EvaluateReply, joined: JoinReply) -> str | None:

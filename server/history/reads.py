@@ -1,6 +1,6 @@
 """What is asked of a history: rows in, frozen values out, each inside a session that `store` opened."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -118,9 +118,12 @@ def parts(session: Session, table: PartRow, record: "type[PartT]", where: Where)
     return [(row[0], record(*row[1:])) for row in rows]
 
 
-def ledgers(session: Session) -> list[Ledger]:
-    """Read how far each ledger was when it was last seen."""
-    return [Ledger(*row) for row in session.execute(select(*_columns(LedgerRow, Ledger)).order_by(LedgerRow.id))]
+def ledgers(session: Session, ids: Collection[str] | None) -> list[Ledger]:
+    """Read how far ledgers were when they were last seen: these, or all."""
+    query = select(*_columns(LedgerRow, Ledger)).order_by(LedgerRow.id)
+    if ids is not None:
+        query = query.where(LedgerRow.id.in_(ids))
+    return [Ledger(*row) for row in session.execute(query)]
 
 
 def charged(session: Session, ledger_id: str, number: int) -> tuple[str, int, str] | None:

@@ -5,7 +5,7 @@ database says goes in `reads` and `writes`. A round is in here whole, or it did 
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -226,10 +226,10 @@ class History:
         with self._session(writing=True) as session:
             writes.saw_ledgers(session, ledgers)
 
-    def ledgers(self) -> dict[str, Ledger]:
-        """Give the newest that was seen of each ledger, over all runs, by its id."""
+    def ledgers(self, ids: Collection[str] | None = None) -> dict[str, Ledger]:
+        """Give the newest that was seen of these ledgers, or of all, over all runs, by its id."""
         with self._session() as session:
-            return {ledger.id: ledger for ledger in reads.ledgers(session)}
+            return {ledger.id: ledger for ledger in reads.ledgers(session, ids)}
 
     def charged(self, ledger_id: str, number: int) -> tuple[str, int, str] | None:
         """Give (run, round, part) of the committed spend that has this number in a ledger; None where none has."""
