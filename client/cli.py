@@ -134,7 +134,7 @@ def epsilon(site: Path | None, ledger: Path | None, dataset: str | None, style: 
 
     Example: moonflower ledger epsilon --site site.toml --format json
     """
-    from client.privacy.account import PARTS
+    from client.privacy.events import PARTS
 
     limit = _load(site).privacy.max_epsilon if site else None
     with _read(site, ledger, dataset) as account:

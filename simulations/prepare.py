@@ -18,7 +18,7 @@ from client import data
 from client import site as sites
 from client.answers import open_ledger
 from client.privacy import policy
-from client.privacy.account import PARTS
+from client.privacy.events import PARTS
 from client.site import Dataset, Site
 from server import evaluation
 from server.history.store import History

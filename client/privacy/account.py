@@ -7,12 +7,12 @@ filter at the order that was fixed when its account was opened, one order for it
 
 import math
 import sqlite3
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from client.privacy import ledger_count, ledger_owner
+from client.privacy.events import PARTS, Part, Reservation, Spend, question_of, release_of
 from client.privacy.ledger_count import Count
 from client.privacy.ledger_file import connect, said_in_one_line, transaction
 from client.privacy.opening import find, refuse_a_lost_account, refuse_a_lost_file
@@ -20,53 +20,8 @@ from shared import accounting, ledger_chain
 from shared.accounting import Release
 from shared.errors import ConfigError, DatabaseError, DataError, NotFoundError
 
-Part = Literal["train", "validation"]
-PARTS: tuple[Part, Part] = ("train", "validation")
-
 _EVENT = (*ledger_chain.EVENT, "row")
 _RESERVED = tuple(name for name in ledger_chain.EVENT if name not in ("number", "previous"))
-
-
-@dataclass(frozen=True)
-class Question:
-    """A request that a site answers once.
-
-    Attributes
-    ----------
-    name, digest
-        Its id within the run, and the SHA-256 of all that decides the answer.
-    kind, part
-        "train" or "evaluate", and the part of the dataset that the answer is drawn from.
-    """
-
-    run: str
-    name: str
-    digest: str
-    round: int
-    kind: str
-    part: Part
-
-
-@dataclass(frozen=True)
-class Spend:
-    """One charged reply: what it answered and what it released, its place in the chain, and when."""
-
-    number: int
-    question: Question
-    release: Release
-    at: datetime
-    previous: str
-    row: str
-
-
-@dataclass(frozen=True)
-class Reservation:
-    """A round that is being computed: what it may release, since when, and whether who computes it still lives."""
-
-    question: Question
-    release: Release
-    at: datetime
-    alive: bool
 
 
 class Account:
@@ -172,7 +127,7 @@ class Account:
     def reservations(self) -> list[Reservation]:
         """Return the open reservations, oldest first; a dead owner's is returned at the ledger's next opening."""
         return [
-            Reservation(_question(row), _release(row), datetime.fromisoformat(row["at"]), row["alive"])
+            Reservation(question_of(row), release_of(row), datetime.fromisoformat(row["at"]), row["alive"])
             for row in self._reserved()
         ]
 
@@ -204,19 +159,20 @@ class Account:
         """
         if part is None:
             return max(self.lifetime_epsilon("train"), self.lifetime_epsilon("validation"))
-        return accounting.rdp_to_epsilon(self._spent(part), self.order, self.delta)
+        return accounting.rdp_to_epsilon(self.spent(part), self.order, self.delta)
 
     def planned_epsilon(self, part: Part) -> float:
         """Epsilon of the same releases by PLD, "if planned in advance": a comparison, not a bound."""
         return accounting.epsilon((s.release for s in self.spends() if s.question.part == part), self.delta)
 
-    def _price(self, release: Release) -> float:
+    def price(self, release: Release) -> float:
         """Rényi divergence of a release at the filter's order; most of a ledger's events are alike."""
         if release not in self._known:
             self._known[release] = accounting.rdp(release, self.order)
         return self._known[release]
 
-    def _spent(self, part: Part) -> float:
+    def spent(self, part: Part) -> float:
+        """Sum what was charged of the part, as the Rényi filter counts it."""
         self._read_on()
         return math.fsum(self._prices[part])
 
@@ -239,13 +195,13 @@ class Account:
                 )
             spend = Spend(
                 event["number"],
-                _question(event),
-                _release(event),
+                question_of(event),
+                release_of(event),
                 datetime.fromisoformat(event["at"]),
                 event["previous"],
                 event["row"],
             )
-            self._prices[spend.question.part].append(self._price(spend.release))
+            self._prices[spend.question.part].append(self.price(spend.release))
             self._spends.append(spend)
             self._events.append(event)
             self._last_row, self.number, self.head = place, spend.number, spend.row
@@ -265,11 +221,3 @@ class Account:
         for *values, owner in rows:
             found.append(dict(zip(_RESERVED, values, strict=True)) | {"alive": ledger_owner.lives(self.path, owner)})
         return found
-
-
-def _question(row: dict[str, Any]) -> Question:
-    return Question(row["run"], row["request"], row["digest"], row["round"], row["kind"], row["part"])
-
-
-def _release(row: dict[str, Any]) -> Release:
-    return Release(row["sampling_rate"], row["noise_multiplier"], row["steps"], row["mechanism"])

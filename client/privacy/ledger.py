@@ -24,13 +24,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from client.privacy import ledger_count, ledger_owner, opening
-from client.privacy.account import PARTS, Account, Part, Question, Reservation, Spend
+from client.privacy import ledger_count, ledger_owner, limits, opening
+from client.privacy.account import Account
+from client.privacy.events import PARTS, Part, Question, Reservation, Spend
 from client.privacy.ledger_count import Count
 from client.privacy.ledger_file import connect, said_in_one_line, transaction
 from shared import accounting, ledger_chain
 from shared.accounting import Release
-from shared.errors import BudgetError, ConfigError, PolicyError, RetryError
+from shared.errors import ConfigError, RetryError
 
 __all__ = ["PARTS", "Account", "Ledger", "Part", "Question", "Reservation", "Spend"]
 
@@ -189,8 +190,7 @@ class Ledger(Account):
         """
         key = (question.run, question.name)
         with transaction(self.path, self._connection):
-            self._refuse_beyond_budget([release], question.part, "This release", allow_unbounded, key)
-            self.check_releases(1, "This release", key)
+            self._refuse_beyond_limits(question, release, allow_unbounded)
             if self._owner is None:
                 self._owner = ledger_owner.Owner(self.path)
             values = {"dataset": self.dataset, "owner": self._owner.token} | _columns(question, release)
@@ -245,8 +245,8 @@ class Ledger(Account):
             kept = self.recall(question)
             if kept is not None:
                 return kept
-            self._refuse_beyond_budget([release], question.part, "This release", allow_unbounded, key)
-            self.check_releases(1, "This release", key)
+            self._refuse_beyond_limits(question, release, allow_unbounded)
+            self._read_on()
             number, head = self.number + 1, self.head
             event = {"number": number, "previous": head} | _columns(question, release)
             event["row"] = ledger_chain.row_digest(self._header, event)
@@ -271,23 +271,14 @@ class Ledger(Account):
 
     def check_plan(self, releases: Iterable[Release], part: Part, *, allow_unbounded: bool = False) -> None:
         """Raise BudgetError unless all of a run's releases still to come fit together; reserve and spend nothing."""
-        self._refuse_beyond_budget(releases, part, "The planned run", allow_unbounded)
+        limits.refuse_beyond_budget(self, self.max_epsilon, releases, part, "The planned run", allow_unbounded)
 
     def check_releases(self, asked: int, what: str = "The planned run", key: tuple[str, str] | None = None) -> None:
         """Raise BudgetError unless that many more replies may be charged, beside those that others are computing.
 
         `key` is the run and name of the question that asks, whose own reservation does not count.
         """
-        if self.max_releases is None:
-            return
-        self._read_on()
-        under_way = {(held.question.run, held.question.name) for held in self.reservations()} - {key}
-        if self.number + len(under_way) + asked > self.max_releases:
-            others = f" and {len(under_way)} under way" if under_way else ""
-            raise BudgetError(
-                f"{what} would add {asked} to the {self.number} releases of dataset {self.dataset!r} that were charged{others}, "
-                f"above the limit of {self.max_releases} for its whole life (site.toml, [privacy] max_releases)."
-            )
+        limits.refuse_beyond_releases(self, self.max_releases, asked, what, key)
 
     def state(self, run: str, kind: str) -> bytes | None:
         """Return the state kept with the run's last charge of that kind; it is private to the site."""
@@ -307,6 +298,12 @@ class Ledger(Account):
                 "INSERT OR IGNORE INTO states VALUES (?, ?, ?, ?)", [self.dataset, run, kind, value]
             )
             return self.state(run, kind) or value
+
+    def _refuse_beyond_limits(self, question: Question, release: Release, allow_unbounded: bool) -> None:
+        """Refuse an answer that does not fit beside what is spent and what others have reserved; under the write lock."""
+        key, what = (question.run, question.name), "This release"
+        limits.refuse_beyond_budget(self, self.max_epsilon, [release], question.part, what, allow_unbounded, key)
+        limits.refuse_beyond_releases(self, self.max_releases, 1, what, key)
 
     def _insert(self, verb: str, table: str, values: dict[str, Any]) -> int | None:
         names, places = ", ".join(values), ", ".join("?" * len(values))
@@ -328,51 +325,6 @@ class Ledger(Account):
             if not ledger_owner.lives(self.path, owner):
                 execute("DELETE FROM reservations WHERE owner = ?", [owner])
         ledger_owner.tidy(self.path)
-
-    def _reserved_by_others(self, part: Part, key: tuple[str, str] | None) -> float:
-        """Sum the open reservations of other questions: the dearest of each, for one answer only can be charged.
-
-        What has no noise is left out: the site has allowed it, and until it is charged the limit holds for the rest.
-        """
-        dearest: dict[tuple[str, str], float] = {}
-        for held in self.reservations():
-            asked = (held.question.run, held.question.name)
-            price = self._price(held.release)
-            if held.question.part == part and asked != key and math.isfinite(price):
-                dearest[asked] = max(price, dearest.get(asked, 0.0))
-        return math.fsum(dearest.values())
-
-    def _refuse_beyond_budget(
-        self,
-        releases: Iterable[Release],
-        part: Part,
-        what: str,
-        allow_unbounded: bool,
-        key: tuple[str, str] | None = None,
-    ) -> None:
-        price = math.fsum(self._price(release) for release in releases)
-        spent, reserved = self._spent(part), self._reserved_by_others(part, key)
-        where = f"of dataset {self.dataset!r}, part {part!r},"
-        if math.isinf(price) or math.isinf(spent):
-            if allow_unbounded:
-                return
-            reason = (
-                f"A release without noise was charged before: the promise {where} is gone for ever"
-                if math.isinf(spent)
-                else f"{what} has no noise: the epsilon {where} would be inf for ever"
-            )
-            raise PolicyError(f"{reason} (site.toml, [privacy] allow_non_private).")
-        budget = accounting.rdp_budget(self.max_epsilon, self.delta, self.order)
-        if spent + reserved + price > budget:
-            total = spent + reserved + price
-            now, then = (accounting.rdp_to_epsilon(r, self.order, self.delta) for r in (spent, total))
-            others = f" and {reserved:.4g} reserved by rounds under way" if reserved else ""
-            raise BudgetError(
-                f"{what} would take the lifetime epsilon {where} from {now:.3f} to {then:.3f}, above the "
-                f"limit of {self.max_epsilon:g} at delta={self.delta:g} (site.toml, [privacy] max_epsilon). "
-                f"In the Rényi filter of order {self.order}, {spent:.4g} is spent{others}, {price:.4g} asked and "
-                f"{max(budget - spent - reserved, 0.0):.4g} left."
-            )
 
 
 def _columns(question: Question, release: Release) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from client.cli import ledger as command
 from client.privacy import ledger_count
-from client.privacy.account import Part
+from client.privacy.events import Part
 from client.privacy.ledger import Ledger, Question
 from shared import accounting, ledger_chain
 from shared.accounting import Release

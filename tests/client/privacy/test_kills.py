@@ -148,13 +148,13 @@ def die_at(boundary: int, folder: Path, seen: Path) -> None:
 
     def on_statement(statement: str) -> None:
         verb = statement.split()[0].upper()
-        if verb not in ("SELECT", "PRAGMA", "--"):
+        if verb not in ("SELECT", "PRAGMA", "CREATE", "--"):  # a file is created in one transaction, on a draft
             tick(" ".join(statement.split()[:3]))
 
     def on_event(event: str, arguments: tuple[Any, ...]) -> None:
         if event in ("os.rename", "os.remove", "os.link", "fcntl.flock"):
             tick(event)
-        elif event == "open" and str(arguments[0]).startswith(str(folder)):
+        elif event == "open" and arguments[2] & os.O_ACCMODE and str(arguments[0]).startswith(str(folder)):
             tick(f"open {Path(str(arguments[0])).suffix}")
 
     def connect(*arguments: Any, **options: Any) -> sqlite3.Connection:
