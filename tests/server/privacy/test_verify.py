@@ -264,3 +264,12 @@ with History.open({begun.url!r}) as history:
 def test_an_export_is_read_without_a_network_a_site_or_a_database(played):
     export = verify.load(played.export("north"))
     assert (export.dataset, len(export.events), export.fault) == ("tiny.north", 5, None)
+
+
+def test_a_report_that_the_ledger_does_not_bear_out_stays_in_doubt(mine):
+    mine.change(
+        "UPDATE spends SET epsilon = 9.5 WHERE site = 'north' AND part = 'train' AND ledger_number = 4"
+    )  # as if it had charged more than it has
+    stated = mine.stated("--verify", mine.export("north"), sound=False)
+    assert any("reported epsilon 9.5, and its ledger comes to 7.99" in f for f in stated["verifications"][0]["faults"])
+    assert any("charged answers that never arrived" in doubt for doubt in stated["doubts"])
