@@ -69,7 +69,9 @@ class EncoderPass:
         together: list[tuple[Sequence[int], Objective]] = [
             (group, self._objective(examples, group, width, "float32")) for group, width in made_up.TOGETHER
         ]
-        alone = [self._objective(examples, (number,), length, "float32") for number, length in enumerate(made_up.LENGTHS)]
+        alone = [
+            self._objective(examples, (number,), length, "float32") for number, length in enumerate(made_up.LENGTHS)
+        ]
         return together, alone
 
     def _objective(self, examples: Examples, group: Sequence[int], width: int | None, precision: str) -> Objective:
