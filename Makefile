@@ -27,6 +27,8 @@ check: .venv/developed  ## format, lint, types, layers
 
 bench: .venv/developed  ## the benchmarks, each a table
 	$(BIN)/python benchmarks/history.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/accounting.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/noise.py
 
 fmt: .venv/developed  ## put the code in order
 	$(BIN)/ruff format .
