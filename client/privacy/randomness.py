@@ -5,10 +5,11 @@ AES-256 in counter mode under a key from the operating system's entropy: telling
 randomness means breaking AES, which is the only assumption, where the Mersenne Twister or PCG64 give
 their whole state away to whoever sees enough output.
 
-Not covered: the noise is made of floating-point numbers. A sum of finite precision does not hide its low
+Not covered: these normals are floating-point numbers. A sum of finite precision does not hide its low
 bits as the real-valued Gaussian of the proofs does (Mironov 2012, "On Significance of the Least Significant
 Bits for Differential Privacy"; Holohan and Braghin 2021, "Secure Random Sampling in Differential
-Privacy"), nor are the running times of these methods constant.
+Privacy"); `client.privacy.discrete_gaussian` draws whole numbers instead. Nor are the running times of these
+methods constant.
 """
 
 import math
