@@ -153,7 +153,7 @@ class Campaign:
             return f"the reply is of site {reply.site!r} and round {reply.round}, not of {self.sites[node].site!r} and {number}."
         plausible = reply.epsilon >= 0 and 0 <= reply.noise_multiplier < math.inf  # false for what is no number
         if isinstance(reply, TrainReply):
-            plausible = plausible and 0 < reply.sampling_rate <= 1 and reply.steps >= 1
+            plausible = plausible and 0 < reply.sampling_rate <= 1 and 1 <= reply.steps <= messages.LARGEST
         if not plausible:
             return "the reply's epsilon, noise multiplier, sampling rate or steps are no such values."
         return messages.implausible(reply)

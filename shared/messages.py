@@ -28,6 +28,7 @@ MECHANISMS = ("gaussian", "discrete-gaussian", "none")  # none: no noise, hence 
 NOISE_SOURCES = ("aes-256-ctr", "device", "none")  # device: the accelerator's own generator
 GRADIENTS = ("one-pass", "hooks", "ghost")  # how each record's gradient was had
 LEDGER_ID, LEDGER_HEAD = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
+LARGEST = 2**31 - 1  # of a count that a database keeps
 NO_HEAD = "0" * 64  # stands for the event before the first
 
 
@@ -208,7 +209,7 @@ def implausible(reply: JoinReply | TrainReply | EvaluateReply) -> str | None:
             return f"the reply's mechanism={reply.mechanism!r} and noise_multiplier={reply.noise_multiplier:g} contradict each other."
     if not LEDGER_ID.fullmatch(reply.ledger_id):
         return f"the reply's ledger_id={reply.ledger_id[:40]!r} is not of 32 hexadecimal digits."
-    if reply.ledger_number < (0 if isinstance(reply, JoinReply) else 1):
+    if not (0 if isinstance(reply, JoinReply) else 1) <= reply.ledger_number <= LARGEST:
         return f"the reply's ledger_number={reply.ledger_number} counts no events."
     return None if LEDGER_HEAD.fullmatch(reply.ledger_head) else "the reply's ledger_head is no SHA-256."
 

@@ -677,6 +677,8 @@ def test_too_few_sites_with_budget_left_end_the_run_before_the_others_spend(fres
         {"gradients": "\x1b[31m"},
         {"ledger_id": "not hexadecimal"},
         {"ledger_number": 0},
+        {"ledger_number": 2**40},
+        {"steps": 2**40},
         {"ledger_head": "ab"},
     ],
     ids=str,
