@@ -13,9 +13,10 @@ choose a cell, others the place in its bin and the sign, and x is kept with prob
 for a constant N that makes it at most 1; 97 % and more are kept from a deviation of 16 on. The test
 "uniform < that" is done in float64 where 2**-40 of relative error, far more than it makes, cannot change
 the answer; else by decimals of as many digits, and the uniform by as many more random bits, as it takes.
-So the only departure from the formula is the end of the last bin: what lies beyond weighs less than 2**-107, as the discrete Gaussian's tail from m on is
-below the continuous one's from m - 1 on, 12 deviations out. A thousand releases of 22 million numbers are
-together within 1e-21 of exact in statistical distance, which at epsilon 8 adds less than 1e-17 to delta.
+So the only departure from the formula is the end of the last bin: what lies beyond weighs less than
+2**-107, as the discrete Gaussian's tail from m on is below the continuous one's from m - 1 on, 12 deviations
+out. A thousand releases of 22 million numbers are together within 1e-21 of exact in statistical distance,
+which at epsilon 8 adds less than 1e-17 to delta.
 
 As for the continuous noise, running time is not constant; it depends on the noise and never on the sum.
 """
