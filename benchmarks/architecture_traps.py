@@ -117,7 +117,8 @@ class PositionTable(Words):
         places = torch.arange(hidden.shape[1])
         bias = self.bias((places[:, None] - places).abs().clamp(max=7)).squeeze(-1)  # (T, T)
         scores = (hidden @ hidden.transpose(1, 2) / 4 + bias).masked_fill(mask[:, None] == 0, -1e9)
-        return self.linear(scores.softmax(-1) @ hidden)
+        out: Tensor = self.linear(scores.softmax(-1) @ hidden)
+        return out
 
 
 class WeightUsedTwice(Words):
@@ -166,7 +167,8 @@ class Permuted(nn.Module):
         """Return (B, WIDTH)."""
         hidden = self.first(pixels.to(self.linear.weight.dtype).contiguous(memory_format=torch.channels_last))
         hidden = self.second(torch.tanh(hidden).transpose(2, 3))
-        return self.linear(torch.tanh(hidden.permute(0, 2, 3, 1))).mean((1, 2))
+        out: Tensor = self.linear(torch.tanh(hidden.permute(0, 2, 3, 1)))
+        return out.mean((1, 2))
 
 
 class Windows(nn.Module):
@@ -183,7 +185,7 @@ class Windows(nn.Module):
         windows = pixels.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
         if self.places_first:
             windows = windows.transpose(0, 1)
-        hidden = torch.tanh(self.linear(windows.flatten(0, 1))).unflatten(0, windows.shape[:2])
+        hidden = torch.tanh(self.linear(windows.flatten(0, 1))).view(*windows.shape[:2], WIDTH)
         return hidden.mean(0 if self.places_first else 1)
 
 
@@ -200,7 +202,8 @@ class Normalised(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Return (B, WIDTH); a single record has no variance, and goes with a twin."""
         hidden = self.linear(pixels.to(self.linear.weight.dtype).flatten(1))
-        return self.norm(torch.cat([hidden, hidden]))[: len(pixels)]
+        out: Tensor = self.norm(torch.cat([hidden, hidden]))
+        return out[: len(pixels)]
 
 
 class Contrasted(Head):
@@ -231,7 +234,9 @@ class Crowded(Words):
         chosen = nn.functional.one_hot(weight.argmax(-1), 2) * mask.unsqueeze(-1)
         place = chosen.flatten(0, 1).cumsum(0).view_as(chosen)
         taken = (chosen * (place <= self.room)).to(hidden.dtype) * weight
-        return hidden + sum(torch.tanh(each(hidden)) * taken[..., i : i + 1] for i, each in enumerate(self.experts))
+        for i, each in enumerate(self.experts):
+            hidden = hidden + torch.tanh(each(hidden)) * taken[..., i : i + 1]
+        return hidden
 
 
 class Quantised(Words):

@@ -158,9 +158,9 @@ def _label(generator: torch.Generator) -> Tensor:
 class Classifier(nn.Module):
     """A backbone, the mean of its last hidden states over each record's own tokens, and a new linear head."""
 
-    def __init__(self, backbone: nn.Module, width: int) -> None:
+    def __init__(self, backbone: Any, width: int) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.head = nn.Linear(width, LABELS)
 
     def features(self, *inputs: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class ImageClassifier(Classifier):
 
     def features(self, *inputs: Tensor) -> Tensor:
         """Return (B, width)."""
-        hidden = self.backbone(inputs[0].to(self.head.weight.dtype)).last_hidden_state
+        hidden: Tensor = self.backbone(inputs[0].to(self.head.weight.dtype)).last_hidden_state
         return hidden.flatten(2).mean(2) if hidden.dim() == 4 else hidden.mean(1)
 
 
@@ -258,7 +258,7 @@ def _row(
         module = wrap(backbone, _width(config)) if issubclass(wrap, Classifier) else wrap(backbone)
         for parameter in module.parameters():  # a bias of 0 or a norm of 1 would hide an error
             with torch.no_grad():
-                parameter += 0.05 * torch.randn_like(parameter)
+                parameter.add_(0.05 * torch.randn_like(parameter))
         return module.train()
 
     return Architecture(name, family, build, records, note)

@@ -23,16 +23,18 @@ The program fails where a cell is wrong or an error, or a cell that must be refu
 
 import argparse
 import copy
+import logging
 import re
+import textwrap
 import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from architecture_traps import TRAPS
@@ -69,12 +71,13 @@ class Cell:
     reason: str = ""
     gap: float = 0.0  # the sum beside the loop's, relative
     share: float = 0.0  # the largest contribution of a record over the clipping norm
+    saved: bool = False  # refused by the probe, and would be wrong without it
 
 
 # -- what is trained -------------------------------------------------------------------------------------------
 
 
-def choose(module: nn.Module, part: str) -> dict[str, nn.Parameter]:
+def choose(module: Any, part: str) -> dict[str, nn.Parameter]:
     """Add adapters where asked for, and let only the part have gradients; empty where there is nothing.
 
     A classifier's new head trains along with every part. A language model's head is its own, often its embedding too,
@@ -235,7 +238,8 @@ def counts(cells: Sequence[Cell]) -> str:
     share = 100 * number["right"] / tried if tried else 0.0
     right = [cell for cell in cells if cell.outcome == "right"]
     line = (
-        f"{tried} cells: {number['right']} right ({share:.1f} %), {number['refused']} refused, {number['wrong']} wrong, "
+        f"{tried} cells: {number['right']} right ({share:.1f} %), {number['refused']} refused ({sum(cell.saved for cell in cells)} "
+        f"of them wrong without the probe), {number['wrong']} wrong, "
         f"{number['error']} errors; {number['none']} with nothing to train"
     )
     if right:
@@ -255,18 +259,19 @@ def table(rows: Sequence[Architecture], cells: Sequence[Cell], modes: Sequence[s
 
 
 def refusals(cells: Sequence[Cell]) -> list[str]:
-    """Lines of a Markdown list: each reason, and who was refused for it; `auto` gives its last method's."""
-    by_reason: dict[str, dict[str, list[str]]] = {}
+    """Lines of a Markdown list: each reason, and who was refused for it."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    modes: dict[tuple[str, str], list[str]] = {}
     for cell in cells:
         if cell.outcome == "refused":
-            who = by_reason.setdefault(_without_names(cell.reason), {}).setdefault(
-                f"{cell.architecture} {cell.part}", []
-            )
-            who.append(cell.mode)
+            modes.setdefault((_without_names(cell.reason), f"{cell.architecture} {cell.part}"), []).append(cell.mode)
+    for (reason, who), by in modes.items():
+        name, _, part = who.rpartition(" ")
+        found.setdefault((reason, ", ".join(by)), {}).setdefault(name, []).append(part)
     lines = []
-    for reason, who in sorted(by_reason.items()):
-        names = [f"{name} ({', '.join(modes)})" for name, modes in who.items()]
-        lines.append(f"- {reason} {'; '.join(names)}")
+    for (reason, all_modes), rows in sorted(found.items()):
+        names = "; ".join(f"{name} ({', '.join(parts)})" for name, parts in rows.items())
+        lines += textwrap.wrap(f"- {all_modes}: {reason} *{names}*", 118, subsequent_indent="  ")
     return lines
 
 
@@ -318,8 +323,16 @@ def markdown(cells: Sequence[Cell], modes: Sequence[str], minutes: float) -> str
 
 def quiet() -> None:
     """Silence what libraries say about tiny configurations: it is about their pretrained tokens, not about gradients."""
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.set_verbosity(logging.CRITICAL)
     warnings.simplefilter("ignore")
+
+
+def _tried(row: Architecture, part: str, mode: Mode, seed: int, probed: bool) -> Cell:
+    """Try a cell, and one that the probe refuses without it too, to say what the probe is good for."""
+    cell = try_cell(row, part, mode, seed, probed)
+    if cell.where != "probe" or cell.outcome != "refused" or mode == "auto":  # without a probe, auto is one-pass
+        return cell
+    return replace(cell, saved=try_cell(row, part, mode, seed, probed=False).outcome in ("wrong", "error"))
 
 
 def main() -> int:
@@ -344,7 +357,7 @@ def main() -> int:
     for row in rows:
         fields = []
         for part in parts:
-            tried = [try_cell(row, part, mode, options.seed, not options.without_probe) for mode in modes]
+            tried = [_tried(row, part, mode, options.seed, not options.without_probe) for mode in modes]
             cells += tried
             fields.append(f"{part} " + " ".join(cell.outcome for cell in tried))
         print(f"{row.name:16} {'  '.join(fields)}", flush=True)
