@@ -151,12 +151,13 @@ class Entry:
         `kept` (B,) marks the records that count; the others' values may be anything. None: all do.
         """
         flat = total.view(total.shape[0], -1) if total.dim() > 1 else total.view(-1, 1)
+        scales = factors.view(-1, 1, 1)
         for outer in self.outers:
-            left = _clean(wide(outer.left), kept) * factors.view(-1, 1, 1)
-            right = _clean(wide(outer.right), kept)
+            left, right = _clean(wide(outer.left), kept), _clean(wide(outer.right), kept)
+            left, right = (left * scales, right) if left.shape[2] <= right.shape[2] else (left, right * scales)
             flat.addmm_(left.flatten(0, 1).t(), right.flatten(0, 1))
         for use in self.rows:
-            values = _clean(wide(use.values), kept) * factors.view(-1, 1, 1)
+            values = _clean(wide(use.values), kept) * scales
             flat.index_add_(0, use.ids.flatten(), values.flatten(0, 1))
         if self.whole is not None:
             whole = _clean(self.whole.reshape(self.records, -1), kept)

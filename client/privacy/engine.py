@@ -193,7 +193,8 @@ class Booked:
             factors, kept = clipping.factors(norms), torch.isfinite(norms)
             clean = None if bool(kept.all()) else kept
             for name in list(entries):
-                entries.pop(name).add_to(sums[name], factors.to(sums[name].dtype), clean)
+                total = _sum_of(name, self._parameters, sums)
+                entries.pop(name).add_to(total, factors.to(total.dtype), clean)
         return norms
 
     def per_record(self, objective: Objective) -> dict[str, Tensor]:
@@ -311,7 +312,8 @@ class Hooked(Opacus):
             kept = (
                 sample if bool(finite.all()) else torch.where(finite.view(-1, *[1] * (sample.dim() - 1)), sample, 0.0)
             )
-            sums[name] += torch.tensordot(factors, kept, dims=1).to(sums[name].dtype)
+            total = _sum_of(name, self._parameters, sums)
+            total += torch.tensordot(factors, kept, dims=1).to(total.dtype)
         return norms
 
     def per_record(self, objective: Objective) -> dict[str, Tensor]:
@@ -360,7 +362,8 @@ class Ghost(Opacus):
                 self._hooks.enable_hooks()
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
-                sums[name] += parameter.grad.to(sums[name].dtype)
+                total = _sum_of(name, self._parameters, sums)
+                total += parameter.grad.to(total.dtype)
         return norms
 
     def per_record(self, _: Objective) -> dict[str, Tensor]:
@@ -378,10 +381,7 @@ class ClippedSum:
         self.clipping = clipping
         self.dropped = 0  # records whose gradient was not finite: counted here, and never sent
         self._gradients = gradients
-        self._sums = {
-            name: torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
-            for name, value in gradients.parameters.items()
-        }
+        self._sums: dict[str, Tensor] = {}  # made when there is something to add: a backward pass has freed memory then
 
     def add(self, objective: Objective) -> Tensor:
         """Add the clipped gradients of a batch; return the norm (B,) that each record contributed, for the probe."""
@@ -392,7 +392,8 @@ class ClippedSum:
 
     def sums(self) -> dict[str, Tensor]:
         """Return the clipped sum, not noised: it must not leave this process."""
-        return self._sums
+        parameters = self._gradients.parameters
+        return {name: _sum_of(name, parameters, self._sums) for name in parameters}
 
 
 class RoundedSum:
@@ -420,6 +421,14 @@ class RoundedSum:
     def sums(self) -> dict[str, Tensor]:
         """Return the sum in steps of the grid, int64, not noised: it must not leave this process."""
         return self._sums
+
+
+def _sum_of(name: str, parameters: dict[str, nn.Parameter], sums: dict[str, Tensor]) -> Tensor:
+    """Return a parameter's running sum, zeros at first; float32, or double where the model is."""
+    if name not in sums:
+        kind = torch.promote_types(parameters[name].dtype, torch.float32)
+        sums[name] = torch.zeros_like(parameters[name], dtype=kind, requires_grad=False)
+    return sums[name]
 
 
 def _norms(samples: dict[str, Tensor]) -> Tensor:

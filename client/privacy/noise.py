@@ -29,6 +29,7 @@ Source = Literal["aes-256-ctr", "device"]
 
 _LARGEST_SUM = 2**62  # whole numbers: noise on top of it cannot pass 2**63
 _LARGEST_STEPS = 2.0**31  # of one rounded vector, which is held in 32 bits before it is summed
+_NOISED = 1 << 20  # values that are noised together
 _IN_CACHE, _SIDE_BY_SIDE = 1 << 16, 1 << 24  # values that are rounded together: on a CPU, on an accelerator
 
 
@@ -104,8 +105,13 @@ class Continuous:
         """Return the noised sum in float32, on the sum's device; without noise where the multiplier is 0."""
         if noise_multiplier == 0:
             return total.float()
-        noise = torch.from_numpy(self.randomness.normal(total.numel())).view(total.shape)
-        return (total.cpu().double() + noise_multiplier * self.sensitivity * noise).float().to(total.device)
+        values = total.flatten().cpu()
+        noised = torch.empty(len(values))
+        for start in range(0, len(values), _NOISED):  # doubles of a whole embedding would take much memory
+            part = values[start : start + _NOISED]
+            noise = torch.from_numpy(self.randomness.normal(len(part)))
+            noised[start : start + _NOISED] = noise.mul_(noise_multiplier * self.sensitivity).add_(part)
+        return noised.view(total.shape).to(total.device)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Samples, Clipping], 
     def add(self: Gradients, objective: Objective, clipping: Clipping, sums: Samples) -> Tensor:
         scaled, norms = fault(self.per_record(objective), clipping)
         for name, sample in scaled.items():
-            sums[name] += sample.sum(0)
+            sums[name] = sums.get(name, 0.0) + sample.sum(0)
         return norms
 
     monkeypatch.setattr(Gradients, "add", add)
