@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from architectures import CHANNELS, LABELS, PADDING, SIDE, VOCABULARY, Architecture, images, texts
+from architecture_tasks import CHANNELS, LABELS, PADDING, SIDE, VOCABULARY, Architecture, images, texts
 from torch import Tensor, nn
 
 WIDTH = 16

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import sensitivity_cell as cells
 import sensitivity_matrix as matrix
 import torch
+from architecture_tasks import LENGTHS, Architecture, Batch
 from architecture_traps import TRAPS
-from architectures import ARCHITECTURES, LENGTHS, Architecture, Batch
+from architectures import ARCHITECTURES
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -37,14 +39,14 @@ def quiet() -> Iterator[None]:
 def on_the_page(name: str, part: str, mode: str) -> str:
     """The outcome that the page gives a cell."""
     line = next(line for line in PAGE.read_text().splitlines() if line.startswith(f"| {name} |"))
-    mark = line.split("|")[2 + matrix.PARTS.index(part)].split()[matrix.MODES.index(mode)]
+    mark = line.split("|")[2 + cells.PARTS.index(part)].split()[matrix.MODES.index(mode)]
     return next(outcome for outcome, known in matrix.MARKS.items() if known == mark)
 
 
-@pytest.mark.parametrize("part", matrix.PARTS)
+@pytest.mark.parametrize("part", cells.PARTS)
 @pytest.mark.parametrize("name", [*SOME, *SOUND])
 def test_a_cell_comes_out_as_the_page_says_and_is_never_wrong(name: str, part: str) -> None:
-    cell = matrix.try_cell(ROWS[name], part, "auto")
+    cell = cells.try_cell(ROWS[name], part, "auto")
     assert cell.outcome in ("right", "refused", "none"), cell
     assert cell.outcome == on_the_page(name, part, "auto"), cell
 
@@ -53,19 +55,19 @@ def test_a_cell_comes_out_as_the_page_says_and_is_never_wrong(name: str, part: s
 @pytest.mark.parametrize("name", ["OPT", "DeBERTa-v2", "weight used twice", "sorted by length", "channels last"])
 def test_what_opacus_gets_silently_wrong_is_refused(name: str, mode: Mode) -> None:
     part = "lora" if name in ("OPT", "DeBERTa-v2") else "full"
-    assert matrix.try_cell(ROWS[name], part, mode).outcome == "refused"
+    assert cells.try_cell(ROWS[name], part, mode).outcome == "refused"
 
 
-@pytest.mark.parametrize("part", matrix.PARTS)
+@pytest.mark.parametrize("part", cells.PARTS)
 @pytest.mark.parametrize("name", COUPLED)
 def test_what_couples_records_is_refused_before_any_training(name: str, part: str) -> None:
-    cell = matrix.try_cell(ROWS[name], part, "auto")
+    cell = cells.try_cell(ROWS[name], part, "auto")
     assert cell.outcome == "refused", cell
     assert cell.where in ("attach", "probe"), cell
 
 
 def test_the_page_has_every_architecture_nothing_wrong_and_nine_tenths_right_under_auto() -> None:
-    outcomes = [on_the_page(row.name, part, "auto") for row in ARCHITECTURES for part in matrix.PARTS]
+    outcomes = [on_the_page(row.name, part, "auto") for row in ARCHITECTURES for part in cells.PARTS]
     tried = [outcome for outcome in outcomes if outcome != "none"]
     assert len(ARCHITECTURES) >= 36
     assert set(tried) <= {"right", "refused"}
@@ -76,16 +78,16 @@ def test_the_page_has_every_architecture_nothing_wrong_and_nine_tenths_right_und
 
 
 def judge(
-    row: Architecture, part: str, summed: matrix.Summed, module: nn.Module, names: Sequence[str]
+    row: Architecture, part: str, summed: cells.Summed, module: nn.Module, names: Sequence[str]
 ) -> tuple[float, float]:
     records = row.examples(LENGTHS, torch.Generator().manual_seed(1))
-    return matrix.judge(summed, records, matrix.loop(module, names, records))
+    return cells.judge(summed, records, cells.loop(module, names, records))
 
 
 def test_an_engine_that_clips_per_token_is_found_wrong() -> None:
     row = ROWS["GPT-2"]
     module = row.build()
-    parameters = matrix.choose(module, "full")
+    parameters = cells.choose(module, "full")
 
     def per_token(clipping: Clipping, batches: Sequence[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
         total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -110,7 +112,7 @@ def test_an_engine_that_clips_per_token_is_found_wrong() -> None:
 def test_an_engine_that_leaves_a_tied_weight_out_of_the_norm_is_found_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     row = ROWS["Llama"]
     module = row.build()
-    parameters = matrix.choose(module, "full")
+    parameters = cells.choose(module, "full")
     with Gradients(module, parameters, "one-pass") as gradients:
 
         def unclipped(clipping: Clipping, batches: Sequence[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -136,7 +138,7 @@ def test_an_engine_that_leaves_a_tied_weight_out_of_the_norm_is_found_wrong(monk
 def test_an_engine_that_clips_to_one_and_a_half_times_the_norm_is_found_wrong() -> None:
     row = ROWS["BERT"]
     module = row.build()
-    parameters = matrix.choose(module, "lora")
+    parameters = cells.choose(module, "lora")
     with Gradients(module, parameters, "one-pass") as gradients:
 
         def loose(clipping: Clipping, batches: Sequence[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -163,6 +165,6 @@ def test_an_engine_that_clips_to_one_and_a_half_times_the_norm_is_found_wrong() 
     ],
 )
 def test_what_the_probe_alone_refuses_is_wrong_without_it(name: str, part: str, mode: Mode) -> None:
-    assert matrix.try_cell(ROWS[name], part, mode, probed=False).outcome == "wrong"
-    cell = matrix.try_cell(ROWS[name], part, mode)
+    assert cells.try_cell(ROWS[name], part, mode, probed=False).outcome == "wrong"
+    cell = cells.try_cell(ROWS[name], part, mode)
     assert (cell.outcome, cell.where) == ("refused", "probe"), cell
