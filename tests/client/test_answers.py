@@ -24,7 +24,6 @@ from shared.errors import (
     PolicyError,
     RefusedError,
     RetryError,
-    SensitivityError,
 )
 from shared.run_config import RunConfig
 
