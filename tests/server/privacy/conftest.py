@@ -118,5 +118,14 @@ def without_privacy(tiny_scenario: Path, tmp_path: Path) -> Played:
 
 
 @pytest.fixture
+def discrete(tiny_scenario: Path, tmp_path: Path) -> Played:
+    """Give a run of one scored round with discrete noise."""
+    settings = {"privacy.noise": "discrete", "training.rounds": 0, "refit.rounds": 0}
+    run = lay_out(tiny_scenario, tmp_path / "home", settings)
+    run.play()
+    return run
+
+
+@pytest.fixture
 def environment(begun: Played) -> dict[str, str]:
     return {**os.environ, "MOONFLOWER_HOME": str(begun.home), "OMP_NUM_THREADS": "1"}

@@ -273,3 +273,14 @@ def test_a_report_that_the_ledger_does_not_bear_out_stays_in_doubt(mine):
     stated = mine.stated("--verify", mine.export("north"), sound=False)
     assert any("reported epsilon 9.5, and its ledger comes to 7.99" in f for f in stated["verifications"][0]["faults"])
     assert any("charged answers that never arrived" in doubt for doubt in stated["doubts"])
+
+
+def test_a_run_with_discrete_noise_is_stated_by_renyi_divergences_and_confirmed(discrete):
+    stated = against(discrete, *SITES)
+    assert {each["verified"] for each in stated["accounts"]} == {True}
+    (sums,) = account(stated, "north")["releases"]
+    assert sums["mechanism"] == "discrete-gaussian"
+    expected = accounting.epsilon([Release(0.5, sums["noise_multiplier"], 1, "discrete-gaussian")], 1e-5)
+    assert account(stated, "north")["epsilon"] == pytest.approx(expected)
+    assert any("Rényi divergences at integer orders" in line for line in stated["accountant"])
+    assert not any("floating point" in line for line in stated["not_covered"])
