@@ -31,7 +31,7 @@ def evaluate(
     model = resident.model(config, site.device)
     arrays.write(model.module, request.arrays)
     examples = resident.parts(site, config).validation
-    features = resident.features(site, "validation", examples, config, request.arrays, randomness)
+    features = resident.features(site, "validation", examples, config, request.arrays)
     with torch.no_grad():
         probabilities = model.module.head(features).softmax(1).double().cpu().numpy()
     counts = metrics.count(probabilities, np.asarray(examples.labels, dtype=int), config.evaluation.confidence_bins)

@@ -1,8 +1,10 @@
 """Made-up records of the task's shape, for the probe: what it finds says nothing of the site's own records.
 
-They are drawn anew each time from the request's own randomness, so that a coordinator cannot choose arrays
+They are drawn anew each time from the operating system's entropy, so that a coordinator cannot choose arrays
 under which just these records look harmless.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,27 +16,29 @@ from shared.tasks.text_classification import Examples, collate
 LENGTHS = (3, 2, 3, 7, 12, 9)  # tokens
 # Records and width of each batch: as wide as it is long, where a batch can be mistaken for a sequence; padded past every
 # length, with no number dividing the other; a batch of one.
-TOGETHER = (((0, 1, 2), 3), ((3, 4), 15), ((5,), 9))
+TOGETHER: tuple[tuple[tuple[int, ...], int], ...] = (((0, 1, 2), 3), ((3, 4), 15), ((5,), 9))
 
 
 @torch.no_grad()
-def examples(model: LoadedModel, randomness: Keystream) -> Examples:
-    """Return a record of each of `LENGTHS`, its tokens drawn from the whole vocabulary.
+def examples(model: LoadedModel, lengths: Sequence[int] = LENGTHS) -> Examples:
+    """Return a record of each length, its tokens drawn from the whole vocabulary.
 
     Its label is the one that the model holds for the least likely: a model that is sure of a label has no gradient
     there, and the probe would learn nothing.
     """
-    drawn = (randomness.uniform(length) * len(model.tokenizer) for length in LENGTHS)
-    texts = Examples(tuple(tuple(int(token) for token in tokens) for tokens in drawn), (0,) * len(LENGTHS))
+    randomness = Keystream.from_system()
+    drawn = (randomness.uniform(length) * len(model.tokenizer) for length in lengths)
+    texts = Examples(tuple(tuple(int(token) for token in tokens) for tokens in drawn), (0,) * len(lengths))
     device = model.module.head.weight.device
-    batches = (collate(texts, (number,), device, length) for number, length in enumerate(LENGTHS))
+    batches = (collate(texts, (number,), device, length) for number, length in enumerate(lengths))
     logits = torch.cat([model.module(batch.input_ids, batch.attention_mask) for batch in batches])
     return Examples(texts.tokens, tuple(logits.argmin(1).tolist()))
 
 
 @torch.no_grad()
-def features(model: LoadedModel, made_up: Examples) -> tuple[Tensor, Tensor]:
+def features(model: LoadedModel) -> tuple[Tensor, Tensor]:
     """Return the encoder's features (6, hidden_size) of records side by side, and of each alone, unpadded."""
+    made_up = examples(model)
     device = model.module.head.weight.device
 
     def of(group: tuple[int, ...], width: int) -> Tensor:

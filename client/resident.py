@@ -13,13 +13,13 @@ from torch import Tensor
 from client import data, made_up
 from client.data import Parts
 from client.privacy import probe
-from client.privacy.randomness import Keystream
 from client.site import Site, split_key
 from shared import arrays, models
 from shared.arrays import Arrays
 from shared.features import FeatureCache, features
 from shared.models import HEAD, LoadedModel
 from shared.plan import Part
+from shared.run_config import Gradients as Mode
 from shared.run_config import RunConfig
 from shared.tasks.text_classification import Examples
 
@@ -32,6 +32,7 @@ class Resident:
     _model: tuple[str, LoadedModel] | None = None
     _parts: dict[str, Parts] = field(default_factory=dict)
     _features: FeatureCache = field(default_factory=FeatureCache)
+    probed: dict[str, Mode] = field(default_factory=dict)  # kinds of release that the probe has found right in full
 
     def __reduce__(self) -> tuple[Callable[[], "Resident"], tuple[()]]:
         """Pickle as the receiving process's own: Ray unpickles the ClientApp anew for each message."""
@@ -66,9 +67,7 @@ class Resident:
     def _key(self, site: Site) -> str:
         return f"{site.name} {data.file_digest(site.dataset.path)} {site.dataset!r} {site.split_key}"
 
-    def features(
-        self, site: Site, part: Part, examples: Examples, config: RunConfig, trained: Arrays, randomness: Keystream
-    ) -> Tensor:
+    def features(self, site: Site, part: Part, examples: Examples, config: RunConfig, trained: Arrays) -> Tensor:
         """Return the features (N, hidden_size) of a part under the encoder that `trained` gives.
 
         Raises
@@ -77,14 +76,13 @@ class Resident:
             Where the probe finds that records' features depend on each other.
         """
         model = self.model(config, site.device)
-        # Also where the features are kept: what is drawn from the stream must not depend on what is warm.
-        probe.check_features(*made_up.features(model, made_up.examples(model, randomness)))
+
+        def probed() -> Tensor:
+            probe.check_features(*made_up.features(model))
+            return features(model.module, examples, config.hardware)
+
         encoder = arrays.digest({name: array for name, array in trained.items() if not name.startswith(HEAD)})
-        return self._features.get(
-            f"{part} {self._key(site)}",
-            encoder,
-            lambda: features(model.module, examples, config.hardware),
-        )
+        return self._features.get(f"{part} {self._key(site)}", encoder, probed)
 
 
 @cache

@@ -63,15 +63,23 @@ class EncoderPass:
         for group in batches(self._examples, drawn, rows):
             yield self._objective(self._examples, group, None, self._config.hardware.precision)
 
-    def made_up(self, randomness: Keystream) -> tuple[list[tuple[Sequence[int], Objective]], list[Objective]]:
-        """Made-up records for the probe: padded side by side, and each alone; float32."""
-        examples = made_up.examples(self._model, randomness)
-        together: list[tuple[Sequence[int], Objective]] = [
-            (group, self._objective(examples, group, width, "float32")) for group, width in made_up.TOGETHER
-        ]
-        alone = [
-            self._objective(examples, (number,), length, "float32") for number, length in enumerate(made_up.LENGTHS)
-        ]
+    def made_up(self, *, only_one_batch: bool = False) -> tuple[list[tuple[Sequence[int], Objective]], list[Objective]]:
+        """Made-up records for the probe: padded side by side, and each alone; float32.
+
+        All batches of `client.made_up`, or one of them, drawn by lot.
+        """
+        chosen = made_up.TOGETHER
+        if only_one_batch:
+            drawn = int(Keystream.from_system().uniform(1)[0] * len(chosen))
+            chosen = chosen[drawn : drawn + 1]
+        lengths = [made_up.LENGTHS[number] for group, _ in chosen for number in group]
+        examples = made_up.examples(self._model, lengths)
+        together: list[tuple[Sequence[int], Objective]] = []
+        for group, width in chosen:
+            first = sum(len(numbers) for numbers, _ in together)
+            numbers = range(first, first + len(group))
+            together.append((numbers, self._objective(examples, numbers, width, "float32")))
+        alone = [self._objective(examples, (number,), length, "float32") for number, length in enumerate(lengths)]
         return together, alone
 
     def _objective(self, examples: Examples, group: Sequence[int], width: int | None, precision: str) -> Objective:
@@ -98,10 +106,11 @@ class HeadPass:
             group = drawn[start : start + HEAD_BATCH]
             yield self._objective(self._features[group], self._labels[group])
 
-    def made_up(self, randomness: Keystream) -> tuple[list[tuple[Sequence[int], Objective]], list[Objective]]:
-        """Made-up features for the probe: side by side, and each alone."""
+    def made_up(self, *, only_one_batch: bool = False) -> tuple[list[tuple[Sequence[int], Objective]], list[Objective]]:  # noqa: ARG002
+        """Made-up features for the probe: side by side, and each alone. One batch is all there is."""
         width = self._features.shape[1]
-        features = torch.from_numpy(randomness.normal(4 * width).reshape(4, width)).float().to(self._features.device)
+        drawn = Keystream.from_system().normal(4 * width).reshape(4, width)
+        features = torch.from_numpy(drawn).float().to(self._features.device)
         features *= torch.tensor([[1.0], [0.1], [10.0], [1.0]], device=features.device)
         with torch.no_grad():
             labels = self.module(features).argmin(1)  # as in `client.made_up`
@@ -139,7 +148,7 @@ def train(
     parameters = train_only(model.module, trained)
     examples = resident.parts(site, config).train
     if all(parameter.startswith(HEAD) for parameter in trained):
-        features = resident.features(site, "train", examples, config, request.arrays, randomness)
+        features = resident.features(site, "train", examples, config, request.arrays)
         objective: EncoderPass | HeadPass = HeadPass(model, features, examples.labels)
     else:
         objective = EncoderPass(model, examples, config)
@@ -155,7 +164,7 @@ def train(
     )
     velocity = {parameter: torch.zeros_like(value) for parameter, value in parameters.items()}
     with Gradients(objective.module, parameters, config.hardware.gradients) as gradients:
-        probe.check(objective.module, gradients, *objective.made_up(randomness))
+        _probe(resident, objective, gradients, f"{model.base_digest} {trained}")
         whole = isinstance(noisy, Discrete) or gradients.method == "hooks"
         dropped = 0
         for _ in range(steps.steps_per_round):
@@ -180,3 +189,20 @@ def train(
     return Trained(
         update, noisy.mechanism if private else "none", noisy.source if private else "none", gradients.method
     )
+
+
+def _probe(resident: Resident, objective: EncoderPass | HeadPass, gradients: Gradients, key: str) -> None:
+    """Probe in full at a process's first release of its kind; after that, one batch in float32, and in full on any doubt.
+
+    Raises
+    ------
+    SensitivityError
+        Where no method agrees with the loop.
+    """
+    known = resident.probed.get(key)
+    if known in gradients.methods:
+        gradients.use(known)
+        if probe.agrees(gradients, *objective.made_up(only_one_batch=True)):
+            return
+    probe.check(objective.module, gradients, *objective.made_up())
+    resident.probed[key] = gradients.method

@@ -1,5 +1,8 @@
 """The probe: is the clipped sum what a loop over single records gives? Checked before every release.
 
+At a process's first release of a kind all made-up batches are compared, in double; before each later one, a batch drawn by
+lot, in float32, and all in double again where that leaves a doubt.
+
 It runs on made-up records of the task's shape, never on the site's own, so that its outcome says
 nothing about the data. The loop uses plain autograd, one record at a time, without padding and without
 the engine's hooks. A difference means that the engine's gradients are not per record on this model, so
@@ -58,6 +61,18 @@ def check(module: nn.Module, gradients: Gradients, together: Together, alone: Se
                 return
         assert refused is not None  # noqa: S101 - there is a method
         raise refused
+
+
+def agrees(gradients: Gradients, together: Together, alone: Sequence[Objective]) -> bool:
+    """Whether the engine's method agrees with the loop in the model's own precision.
+
+    Agreement in float32 is agreement; a difference may be float32's own, and is for `check` to judge.
+    """
+    try:
+        _compare(gradients, together, [gradients.alone(objective) for objective in alone])
+    except SensitivityError:
+        return False
+    return True
 
 
 def _compare(gradients: Gradients, together: Together, singles: Sequence[dict[str, torch.Tensor]]) -> None:

@@ -78,7 +78,5 @@ def kept(desk: Any, arrays: Any = None) -> torch.Tensor:
     arrays = desk.start() if arrays is None else arrays
     write(desk.model.module, arrays)
     parts = desk.resident.parts(desk.site, desk.config)
-    found: torch.Tensor = desk.resident.features(
-        desk.site, "train", parts.train, desk.config, arrays, desk.randomness("features")
-    )
+    found: torch.Tensor = desk.resident.features(desk.site, "train", parts.train, desk.config, arrays)
     return found

@@ -39,7 +39,7 @@ class Spy(Keystream):
 
     def normal(self, n: int) -> npt.NDArray[np.float64]:
         drawn = super().normal(n)
-        self.noise.append(drawn)
+        self.noise.append(drawn.copy())
         return drawn
 
 

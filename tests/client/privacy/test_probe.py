@@ -11,7 +11,6 @@ from client import made_up
 from client.privacy import probe
 from client.privacy.book import Entry, Outer
 from client.privacy.engine import Clipping, Gradients, Hooked, Objective, Opacus, train_only
-from client.privacy.randomness import Keystream
 from client.training import EncoderPass
 from shared import models
 from shared.errors import SensitivityError
@@ -27,7 +26,7 @@ def run(config: RunConfig, change: Callable[[LoadedModel], None] = lambda _: Non
     parameters = train_only(model.module, [n for n, _ in model.module.named_parameters() if n in model.trainable])
     objective = EncoderPass(model, Examples((), ()), config)
     with Gradients(objective.module, parameters, config.hardware.gradients) as gradients:
-        probe.check(objective.module, gradients, *objective.made_up(Keystream.from_system()))
+        probe.check(objective.module, gradients, *objective.made_up())
         return gradients.method
 
 
@@ -260,10 +259,10 @@ def test_batch_normalisation_is_refused_though_its_own_weights_are_frozen(
 def test_features_that_depend_on_the_records_beside_are_refused(lora: RunConfig) -> None:
     model = models.load(lora)
     for _ in range(10):
-        probe.check_features(*made_up.features(model, made_up.examples(model, Keystream.from_system())))
+        probe.check_features(*made_up.features(model))
     standardise(model)
     with pytest.raises(SensitivityError, match="the records beside it"):
-        probe.check_features(*made_up.features(model, made_up.examples(model, Keystream.from_system())))
+        probe.check_features(*made_up.features(model))
 
 
 def test_made_up_records_without_any_gradient_prove_nothing_and_are_refused() -> None:
@@ -286,7 +285,7 @@ def test_made_up_records_without_any_gradient_prove_nothing_and_are_refused() ->
 
 def test_the_made_up_records_are_not_the_same_twice(lora: RunConfig) -> None:
     model = models.load(lora)
-    first, second = (made_up.examples(model, Keystream.from_system()) for _ in range(2))
+    first, second = (made_up.examples(model) for _ in range(2))
     assert first.tokens != second.tokens
     assert [len(tokens) for tokens in first.tokens] == list(made_up.LENGTHS)
     assert max(max(tokens) for tokens in first.tokens) < len(model.tokenizer)
@@ -318,3 +317,43 @@ def test_a_failing_probe_spends_nothing_and_releases_nothing(
     monkeypatch.undo()
     assert desk.train().round == 1
     assert desk.spent() == 1
+
+
+# -- before each release --------------------------------------------------------------------------------------
+
+
+def test_the_first_release_is_probed_in_full_and_each_later_one_again(
+    new_desk: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+    for name in ("check", "agrees"):
+        right = getattr(probe, name)
+
+        def spied(*arguments: Any, name: str = name, right: Any = right) -> Any:
+            looks.append(name)
+            return right(*arguments)
+
+        monkeypatch.setattr(probe, name, spied)
+    desk = new_desk()
+    for number in (1, 2, 3):
+        desk.train(number)
+    assert looks == ["check", "agrees", "agrees"]
+
+
+def test_an_engine_that_goes_wrong_between_two_releases_is_found_at_the_next(
+    new_desk: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = new_desk(config={"hardware": {"gradients": "one-pass"}})
+    desk.train(1)
+    right = Entry.squared_norms
+    monkeypatch.setattr(Entry, "squared_norms", lambda self: 0.25 * right(self))
+    with pytest.raises(SensitivityError):
+        desk.train(2)
+    assert desk.spent() == 1
+
+
+def test_a_doubt_in_float32_is_settled_in_double(new_desk: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = new_desk()
+    desk.train(1)
+    monkeypatch.setattr(probe, "agrees", lambda *_: False)
+    assert desk.train(2).round == 2
