@@ -26,9 +26,7 @@ def examples(model: LoadedModel, lengths: Sequence[int] = LENGTHS) -> Examples:
     Its label is the one that the model holds for the least likely: a model that is sure of a label has no gradient
     there, and the probe would learn nothing.
     """
-    randomness = Keystream.from_system()
-    drawn = (randomness.uniform(length) * len(model.tokenizer) for length in lengths)
-    texts = Examples(tuple(tuple(int(token) for token in tokens) for tokens in drawn), (0,) * len(lengths))
+    texts = _texts(model, lengths)
     device = model.module.head.weight.device
     batches = (collate(texts, (number,), device, length) for number, length in enumerate(lengths))
     logits = torch.cat([model.module(batch.input_ids, batch.attention_mask) for batch in batches])
@@ -37,14 +35,24 @@ def examples(model: LoadedModel, lengths: Sequence[int] = LENGTHS) -> Examples:
 
 @torch.no_grad()
 def features(model: LoadedModel) -> tuple[Tensor, Tensor]:
-    """Return the encoder's features (6, hidden_size) of records side by side, and of each alone, unpadded."""
-    made_up = examples(model)
-    device = model.module.head.weight.device
+    """Return the encoder's features (N, hidden_size) of records side by side, and of each alone, unpadded.
 
-    def of(group: tuple[int, ...], width: int) -> Tensor:
-        batch = collate(made_up, group, device, width)
+    They are those of one batch, drawn by lot.
+    """
+    batches = [batch for batch in TOGETHER if len(batch[0]) > 1]
+    group, width = batches[int(Keystream.from_system().uniform(1)[0] * len(batches))]
+    lengths = [LENGTHS[number] for number in group]
+    texts, device = _texts(model, lengths), model.module.head.weight.device
+
+    def of(numbers: Sequence[int], width: int) -> Tensor:
+        batch = collate(texts, numbers, device, width)
         return model.module.features(batch.input_ids, batch.attention_mask).float()
 
-    order = [number for group, _ in TOGETHER for number in group]
-    together = torch.cat([of(group, width) for group, width in TOGETHER])
-    return together, torch.cat([of((number,), LENGTHS[number]) for number in order])
+    alone = [of((number,), length) for number, length in enumerate(lengths)]
+    return of(range(len(lengths)), width), torch.cat(alone)
+
+
+def _texts(model: LoadedModel, lengths: Sequence[int]) -> Examples:
+    randomness = Keystream.from_system()
+    drawn = (randomness.uniform(length) * len(model.tokenizer) for length in lengths)
+    return Examples(tuple(tuple(int(token) for token in tokens) for tokens in drawn), (0,) * len(lengths))
