@@ -16,9 +16,10 @@ import shutil
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from scipy.stats import beta, binom, chi2
 from torch import Tensor, nn
 
 import client.app
-from client import answers, data, evaluation, training
+from client import answers, data, evaluation, made_up, training
 from client import site as sites
 from client.privacy import limits, probe
 from client.privacy.book import Entry
@@ -43,6 +44,7 @@ from shared.accounting import Release, epsilon
 from shared.arrays import Arrays
 from shared.errors import BudgetError, SensitivityError
 from shared.plan import DatasetCard
+from shared.tasks.text_classification import Examples
 
 BUGS = (
     "shuffling accounted as Poisson",
@@ -249,22 +251,20 @@ def test_an_empty_batch_skipped_is_caught(new_desk: Desks) -> None:
 # -- 3 -----------------------------------------------------------------------------------------------------------
 
 
-def reach_of_a_record(new_desk: Desks, name: str) -> float:
+def reach_of_a_record(new_desk: Desks, site: str, **model: Any) -> float:
     """Norm that a site's only record gives the sum, over the clipping norm: from a noiseless update of all weights."""
     norm = 0.01
     phase = {"rounds": 1, "sampling_rate": 1.0, "local_steps": 1, "clipping_norm": norm}
-    desk = new_desk(
-        name=name,
-        config={"model": {"trainable": "full"}, "training": phase} | PLAIN,
-        site=NOT_PRIVATE,
-        randomness=system,
-    )
+    config = {"model": {"trainable": "full"} | model, "training": phase} | PLAIN
+    desk = new_desk(name=site, config=config, site=NOT_PRIVATE, randomness=system)
     rows = desk.rows()
     kept = validation_rows(desk, rows)
     longest = max((row for row in rows if row not in kept), key=lambda row: len(row["text"]))
     desk.write([*kept, longest])
     assert len(desk.resident.parts(desk.site, desk.config).train) == 1
-    return float(np.linalg.norm(flat(desk.train().update))) * 80 / norm
+    arrays = desk.start()
+    arrays["head.weight"] = 20 * arrays["head.weight"]  # so that most of the gradient is the encoder's
+    return float(np.linalg.norm(flat(desk.train(1, arrays).update))) * 80 / norm
 
 
 def clip_by_token(self: Booked, objective: Objective, clipping: Clipping, sums: dict[str, Tensor]) -> Tensor:
@@ -553,14 +553,39 @@ def reach_and_refusal(clip: float = 0.1) -> tuple[float, str]:
         return reach, ""
 
 
+@pytest.fixture
+def albert(tiny_model: Path, tmp_path: Path) -> str:
+    """Give the folder of a small ALBERT: two layers, and one layer's weights."""
+    from transformers import AlbertConfig, AlbertModel, AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(tiny_model)
+    words.save_pretrained(tmp_path / "albert")
+    shape = {"embedding_size": 32, "hidden_size": 64, "intermediate_size": 256, "max_position_embeddings": 64}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.3}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AlbertModel(AlbertConfig(vocab_size=len(words), **shape, **layers)).save_pretrained(tmp_path / "albert")
+    return str(tmp_path / "albert")
+
+
 @catches("an unclipped tied weight")
-def test_an_unclipped_tied_weight_is_caught() -> None:
-    """A weight that is embedding and output head counts in the norm by one use, or without what the uses have in common.
+def test_an_unclipped_tied_weight_is_caught(new_desk: Desks, albert: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that is used twice counts in the norm by one use, or without what the uses have in common.
 
     Claim: noise of sigma times the clipping norm; it is sigma over the reach of a record.
-    Statistic: the reach, by clipping each made-up record alone, and the probe's comparison with plain autograd.
+    Statistic: the reach: of a site's only record on an ALBERT, whose layers share their weights, and of single records on a
+    GPT-2 whose embedding is its output head; and the probe's comparison with plain autograd.
     Certain, both ways, where a record has gradient by both uses.
     """
+    assert 0.99 < reach_of_a_record(new_desk, "right", name=albert) <= 1
+    last_use = "Entry(self.shape, self.records, self.outers[-1:], self.rows[-1:]).factors()"
+    monkeypatch.setattr("client.privacy.engine.METHODS", {"auto": ("one-pass",)})
+    with planted(Entry.squared_norms, "self.factors()", last_use):
+        with pytest.raises(SensitivityError, match="nothing is released"):
+            reach_of_a_record(new_desk, "probed", name=albert)
+        with monkeypatch.context() as patch:
+            patch.setattr(probe, "check", lambda *_: None)
+            assert reach_of_a_record(new_desk, "last-use", name=albert) > 1.01
     assert reach_and_refusal() == (pytest.approx(1.0, abs=2e-3), "")
     one_use = "outer, rows = self.factors()\n    rows = rows if outer is None else None"
     with planted(Entry.squared_norms, "outer, rows = self.factors()", one_use):
@@ -576,27 +601,32 @@ def test_an_unclipped_tied_weight_is_caught() -> None:
 # -- 9 -----------------------------------------------------------------------------------------------------------
 
 
-def what_the_probe_saw(desk: Any) -> list[bytes]:
-    """Answer a round and an evaluation, and return every tensor that the probe was given, in order."""
+def what_the_probe_saw(desk: Any) -> list[str]:
+    """Answer three rounds with known random numbers; return every tensor that the probe was given."""
     seen: list[Tensor] = []
+    streams = count()
 
-    def note(right: Callable[..., None]) -> Callable[..., None]:
-        def spy(*given: Any) -> None:
-            for each in given:
-                held = each if isinstance(each, list) else [each]
-                for one in held:
-                    one = one[1] if isinstance(one, tuple) else one
-                    seen.extend(one.inputs if isinstance(one, Objective) else [one] if isinstance(one, Tensor) else [])
-            right(*given)
+    def note(right: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(*given: Any) -> Any:
+            for one in (each for part in given for each in (part if isinstance(part, list) else [part])):
+                held = one[1] if isinstance(one, tuple) else one
+                seen.extend(held.inputs if isinstance(held, Objective) else [held] if isinstance(held, Tensor) else [])
+            return right(*given)
 
         return spy
 
+    def known(cls: type[Keystream]) -> Keystream:
+        return cls(hashlib.sha256(f"stream {next(streams)}".encode()).digest())
+
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("check", "check_features"):
-            patch.setattr(probe, name, note(getattr(probe, name)))
-        desk.train(1), desk.evaluate(1), desk.train(2)
+        patch.setattr(Keystream, "from_system", classmethod(known))
+        for name, function in inspect.getmembers(probe, inspect.isfunction):
+            if not name.startswith("_") and function.__module__ == probe.__name__:
+                patch.setattr(probe, name, note(function))
+        for ask in (desk.train, desk.evaluate):
+            ask(1), ask(2), ask(3)
     assert len(seen) > 20
-    return [repr(value.tolist()).encode() for value in seen]
+    return [repr(value.tolist()) for value in seen]
 
 
 def probes_alike(new_desk: Desks, new_rows: Rows, name: str) -> bool:
@@ -611,7 +641,7 @@ def probes_alike(new_desk: Desks, new_rows: Rows, name: str) -> bool:
 
 
 @catches("a probe on private records")
-def test_a_probe_on_private_records_is_caught(new_desk: Desks, new_rows: Rows) -> None:
+def test_a_probe_on_private_records_is_caught(new_desk: Desks, new_rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe takes the site's own records: whether it refuses then depends on them, uncharged and without noise.
 
     Claim: nothing is spent by a probe. A bit of a record's own is delta 1 at any epsilon.
@@ -619,11 +649,22 @@ def test_a_probe_on_private_records_is_caught(new_desk: Desks, new_rows: Rows) -
     Certain, both ways: the same bytes, or not.
     """
     assert probes_alike(new_desk, new_rows, "right")
-    own = "Examples(tuple(t[:n] for t, n in zip(self._examples.tokens, made_up.LENGTHS)), self._examples.labels[:6])"
-    with planted(training.EncoderPass.made_up, "made_up.examples(self._model, randomness)", own):
+    right = training.EncoderPass.made_up
+
+    def of_the_site(self: training.EncoderPass, *asked: Any, **how: Any) -> Any:
+        def own(_: Any, lengths: Sequence[int] = made_up.LENGTHS) -> Examples:
+            records = self._examples
+            return Examples(tuple(t[:n] for t, n in zip(records.tokens, lengths, strict=False)), records.labels)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(made_up, "examples", own)
+            return right(self, *asked, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.EncoderPass, "made_up", of_the_site)
         assert not probes_alike(new_desk, new_rows, "tokens")
-    noise = "torch.from_numpy(randomness.normal(4 * width).reshape(4, width)).float().to(self._features.device)"
-    with planted(training.HeadPass.made_up, noise, "self._features[:4].clone()"):
+    scaled = "features *= torch.tensor("
+    with planted(training.HeadPass.made_up, scaled, f"features = self._features[:4].clone(); {scaled}"):
         assert not probes_alike(new_desk, new_rows, "features")
 
 
@@ -656,7 +697,7 @@ def public_values(desk: Any) -> dict[str, Any]:
 
 def values_without_noise(desk: Any) -> int:
     """Count released values that are the same in three releases of three noises."""
-    count, start = 0, desk.start()
+    bare, start = 0, desk.start()
     for ask in (desk.train, desk.evaluate):
         replies = [ask(1, start, run=run) for run in ("first", "second", "third")]
         assert replies[0].noise_multiplier > 0.5
@@ -664,8 +705,8 @@ def values_without_noise(desk: Any) -> int:
             if item.metadata["leaves"] == "released":
                 first, *others = (getattr(reply, item.name) for reply in replies)
                 for name, values in first.items():
-                    count += int(np.all([values == other[name] for other in others], axis=0).sum())
-    return count
+                    bare += int(np.all([values == other[name] for other in others], axis=0).sum())
+    return bare
 
 
 def leaks(new_desk: Desks, new_rows: Rows, name: str) -> tuple[set[str], int]:
