@@ -255,7 +255,8 @@ def reach_of_a_record(new_desk: Desks, site: str, **model: Any) -> float:
     """Norm that a site's only record gives the sum, over the clipping norm: from a noiseless update of all weights."""
     norm = 0.01
     phase = {"rounds": 1, "sampling_rate": 1.0, "local_steps": 1, "clipping_norm": norm}
-    config = {"model": {"trainable": "full"} | model, "training": phase} | PLAIN
+    how = {"hardware": {"gradients": "one-pass"}}
+    config = {"model": {"trainable": "full"} | model, "training": phase} | how | PLAIN
     desk = new_desk(name=site, config=config, site=NOT_PRIVATE, randomness=system)
     rows = desk.rows()
     kept = validation_rows(desk, rows)
@@ -298,7 +299,6 @@ def test_clipping_per_token_is_caught(new_desk: Desks, monkeypatch: pytest.Monke
     """
     assert 0.99 < reach_of_a_record(new_desk, "right") <= 1
     monkeypatch.setattr(Booked, "add", clip_by_token)
-    monkeypatch.setattr("client.privacy.engine.METHODS", {"auto": ("one-pass",)})
     with pytest.raises(SensitivityError, match="nothing is released"):
         reach_of_a_record(new_desk, "probed")
     monkeypatch.setattr(probe, "check", lambda *_: None)
@@ -579,7 +579,6 @@ def test_an_unclipped_tied_weight_is_caught(new_desk: Desks, albert: str, monkey
     """
     assert 0.99 < reach_of_a_record(new_desk, "right", name=albert) <= 1
     last_use = "Entry(self.shape, self.records, self.outers[-1:], self.rows[-1:]).factors()"
-    monkeypatch.setattr("client.privacy.engine.METHODS", {"auto": ("one-pass",)})
     with planted(Entry.squared_norms, "self.factors()", last_use):
         with pytest.raises(SensitivityError, match="nothing is released"):
             reach_of_a_record(new_desk, "probed", name=albert)
