@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from client import answers, site
+from client import answers, data, site
 from client.privacy.ledger import Ledger
 from client.privacy.randomness import Keystream
 from client.resident import Resident
-from client.site import Site
+from client.site import Site, split_key
 from shared import models
 from shared.arrays import Arrays
 from shared.messages import EvaluateReply, EvaluateRequest, JoinReply, JoinRequest, TrainReply, TrainRequest
@@ -152,6 +152,11 @@ class Desk:
 
     def rows(self) -> list[Row]:
         return [json.loads(line) for line in self.site.dataset.path.read_text(encoding="utf-8").splitlines()]
+
+    def validation_rows(self) -> list[Row]:
+        """Return the rows that are kept for validation."""
+        key, share = split_key(self.site), self.site.dataset.validation
+        return [row for row in self.rows() if data.is_validation(row["id"], key, share)]
 
     def write(self, rows: list[Row]) -> None:
         self.site.dataset.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
