@@ -40,13 +40,14 @@ class Resident:
 
     def model(self, config: RunConfig, device: str) -> LoadedModel:
         """Return the run's model on `device`; loading another one drops what was kept."""
-        key = f"{config.model!r} {config.task!r} {config.seed} {device}"
+        key = f"{config.model!r} {config.task!r} {config.seed} {device} {config.hardware.checkpointing}"
         if self._model is None or self._model[0] != key:
             self._model = None
             loaded = models.load(config)
             loaded.module.to(models.pick_device(device))
             self._model = (key, loaded)
             self._parts.clear()
+            self.probed.clear()
             self._features = FeatureCache()
         return self._model[1]
 
@@ -82,7 +83,8 @@ class Resident:
             return features(model.module, examples, config.hardware)
 
         encoder = arrays.digest({name: array for name, array in trained.items() if not name.startswith(HEAD)})
-        return self._features.get(f"{part} {self._key(site)}", encoder, probed)
+        name = f"{part} {config.hardware.precision} {self._key(site)}"
+        return self._features.get(name, encoder, probed)
 
 
 @cache

@@ -23,12 +23,13 @@ from client.site import Site
 from shared import arrays
 from shared.accounting import Mechanism
 from shared.arrays import Arrays
+from shared.errors import EngineError, SensitivityError
 from shared.messages import TrainRequest
 from shared.models import HEAD, LoadedModel, autocast
 from shared.plan import SitePlan
 from shared.run_config import Gradients as Mode
 from shared.run_config import RunConfig
-from shared.tasks.text_classification import Examples, batches, collate
+from shared.tasks.text_classification import BUCKET, Examples, batches, collate
 
 log = logging.getLogger("moonflower.site")
 
@@ -66,18 +67,21 @@ class EncoderPass:
     def made_up(self, *, only_one_batch: bool = False) -> tuple[list[tuple[Sequence[int], Objective]], list[Objective]]:
         """Made-up records for the probe: padded side by side, and each alone; float32.
 
-        All batches of `client.made_up`, or one of them, drawn by lot.
+        All batches of `client.made_up` and one as wide as a text can be, or a short one, drawn by lot.
         """
-        chosen = made_up.TOGETHER
-        if only_one_batch:
-            drawn = int(Keystream.from_system().uniform(1)[0] * len(chosen))
-            chosen = chosen[drawn : drawn + 1]
-        lengths = [made_up.LENGTHS[number] for group, _ in chosen for number in group]
+        batches = [([made_up.LENGTHS[number] for number in group], width) for group, width in made_up.TOGETHER]
+        if only_one_batch:  # of several records: one alone shows nothing of what couples them
+            batches = [batch for batch in batches if len(batch[0]) > 1]
+            batches = [batches[int(Keystream.from_system().uniform(1)[0] * len(batches))]]
+        else:
+            widest = -(-self._config.task.max_length // BUCKET) * BUCKET
+            batches.append(([widest, widest - 5], widest))
+        lengths = [length for each, _ in batches for length in each]
         examples = made_up.examples(self._model, lengths)
         together: list[tuple[Sequence[int], Objective]] = []
-        for group, width in chosen:
-            first = sum(len(numbers) for numbers, _ in together)
-            numbers = range(first, first + len(group))
+        first = 0
+        for each, width in batches:
+            numbers = range(first, first := first + len(each))
             together.append((numbers, self._objective(examples, numbers, width, "float32")))
         alone = [self._objective(examples, (number,), length, "float32") for number, length in enumerate(lengths)]
         return together, alone
@@ -138,7 +142,9 @@ def train(
     Raises
     ------
     SensitivityError
-        Where the probe, or a guard of the engine, finds that a record could exceed the clipping norm.
+        Where the probe finds that a record could exceed the clipping norm.
+    EngineError
+        Where the engine fails on the site's own records all the same.
     """
     name, phase, _ = config.place(request.round)
     steps = plan.phases[name]
@@ -164,7 +170,7 @@ def train(
     )
     velocity = {parameter: torch.zeros_like(value) for parameter, value in parameters.items()}
     with Gradients(objective.module, parameters, config.hardware.gradients) as gradients:
-        _probe(resident, objective, gradients, f"{model.base_digest} {trained}")
+        _probe(resident, objective, gradients, f"{trained} {config.hardware!r}")
         whole = isinstance(noisy, Discrete) or gradients.method == "hooks"
         dropped = 0
         for _ in range(steps.steps_per_round):
@@ -175,7 +181,7 @@ def train(
             )
             drawn = randomness.poisson_sample(len(examples), steps.sampling_rate).tolist()
             for batch in objective.groups(drawn, whole=whole):
-                total.add(batch)
+                _add(total, batch)
             dropped += total.dropped
             with torch.no_grad():
                 for parameter, summed in total.sums().items():
@@ -189,6 +195,20 @@ def train(
     return Trained(
         update, noisy.mechanism if private else "none", noisy.source if private else "none", gradients.method
     )
+
+
+def _add(total: ClippedSum | RoundedSum, batch: Objective) -> None:
+    """Add the site's own records; where the engine fails on them though the probe passed, the reason stays at the site.
+
+    Raises
+    ------
+    EngineError
+        Whether and why it fails can depend on who was drawn: its text must not leave.
+    """
+    try:
+        total.add(batch)
+    except SensitivityError as error:
+        raise EngineError(f"the engine failed on drawn records, after the probe had passed: {error}") from error
 
 
 def _probe(resident: Resident, objective: EncoderPass | HeadPass, gradients: Gradients, key: str) -> None:

@@ -66,6 +66,10 @@ class RetryError(RefusedError):
     """A request was answered before with another content, or a later one has superseded it."""
 
 
+class EngineError(MoonflowerError):
+    """The gradients of a site's own records could not be had. It may depend on who was drawn, so its text stays there."""
+
+
 class SensitivityError(RefusedError):
     """The probe found that a record could contribute more than the clipping norm."""
 

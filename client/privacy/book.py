@@ -145,23 +145,33 @@ class Entry:
             total = (total + 2 * cross.sum((1, 2))).clamp_min_(0) + margin
         return total
 
-    def add_to(self, total: Tensor, factors: Tensor, kept: Tensor | None) -> None:
-        """Add the sum over records of factor x gradient to `total` (shape), in place.
+    def add_to(self, total: Tensor | None, factors: Tensor, kept: Tensor | None) -> Tensor:
+        """Add the sum over records of factor x gradient to `total` (shape), in place; None begins a new one.
 
         `kept` (B,) marks the records that count; the others' values may be anything. None: all do.
         """
+        scales, outers = factors.view(-1, 1, 1), list(self.outers)
+        if total is None and outers:  # rather than to write zeros and add to them
+            total = torch.mm(*_scaled(outers.pop(), scales, kept)).view(self.shape)
+        if total is None:
+            total = factors.new_zeros(self.shape)
         flat = total.view(total.shape[0], -1) if total.dim() > 1 else total.view(-1, 1)
-        scales = factors.view(-1, 1, 1)
-        for outer in self.outers:
-            left, right = _clean(wide(outer.left), kept), _clean(wide(outer.right), kept)
-            left, right = (left * scales, right) if left.shape[2] <= right.shape[2] else (left, right * scales)
-            flat.addmm_(left.flatten(0, 1).t(), right.flatten(0, 1))
+        for outer in outers:
+            flat.addmm_(*_scaled(outer, scales, kept))
         for use in self.rows:
             values = _clean(wide(use.values), kept) * scales
             flat.index_add_(0, use.ids.flatten(), values.flatten(0, 1))
         if self.whole is not None:
             whole = _clean(self.whole.reshape(self.records, -1), kept)
             total.view(-1).add_(factors @ whole)
+        return total
+
+
+def _scaled(outer: Outer, scales: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the two factors (m, B T) and (B T, n) of a scaled sum over records."""
+    left, right = _clean(wide(outer.left), kept), _clean(wide(outer.right), kept)
+    left, right = (left * scales, right) if left.shape[2] <= right.shape[2] else (left, right * scales)
+    return left.flatten(0, 1).t(), right.flatten(0, 1)
 
 
 def wide(values: Tensor) -> Tensor:

@@ -193,8 +193,8 @@ class Booked:
             factors, kept = clipping.factors(norms), torch.isfinite(norms)
             clean = None if bool(kept.all()) else kept
             for name in list(entries):
-                total = _sum_of(name, self._parameters, sums)
-                entries.pop(name).add_to(total, factors.to(total.dtype), clean)
+                kind = torch.promote_types(self._parameters[name].dtype, torch.float32)
+                sums[name] = entries.pop(name).add_to(sums.get(name), factors.to(kind), clean)
         return norms
 
     def per_record(self, objective: Objective) -> dict[str, Tensor]:

@@ -42,9 +42,10 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # where checkpointed, this runs the forward pass again
+        gradient = gradients[0].contiguous()  # once, for the book and for what comes behind
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            ctx.book(gradients[0], *saved)
-        return (gradients[0] if ctx.needs_input_grad[0] else None, None, None, *[None] * len(saved))
+            ctx.book(gradient, *saved)
+        return (gradient if ctx.needs_input_grad[0] else None, None, None, *[None] * len(saved))
 
 
 class OnePass(TorchFunctionMode):

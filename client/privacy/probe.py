@@ -19,6 +19,7 @@ from client.privacy.engine import ClippedSum, Clipping, Gradients, Objective
 from shared.errors import SensitivityError
 
 TOLERANCE = 1e-4  # relative; the sums are float32
+SMALLEST = 1e-8  # of the largest norm: below it a gradient is nothing but rounding, in double too
 FLOOR = 1e-2  # of the whole gradient: a parameter with less is compared on this scale
 
 Together = Sequence[tuple[Sequence[int], Objective]]
@@ -39,9 +40,9 @@ def check(module: nn.Module, gradients: Gradients, together: Together, alone: Se
     alone
         The loss (1,) of each made-up record by itself, unpadded.
 
-    The clipping norm is half the largest of the made-up records' own norms, so that some are clipped, and a record
-    with a tiny gradient, known to few digits, stays tiny. Differences are measured beside what the records
-    contribute one by one: contributions that cancel in the sum leave their rounding behind.
+    The clipping norm is half the smallest of the made-up records' own norms, so that every norm shows in the sum.
+    Differences are measured beside what the records contribute one by one: contributions that cancel in the sum leave
+    their rounding behind.
 
     Raises
     ------
@@ -54,7 +55,7 @@ def check(module: nn.Module, gradients: Gradients, together: Together, alone: Se
         for method in gradients.methods:
             gradients.use(method)
             try:
-                _compare(gradients, together, singles)
+                _compare(gradients, together, singles, every=True)
             except SensitivityError as error:
                 refused = refused or error
             else:
@@ -66,23 +67,26 @@ def check(module: nn.Module, gradients: Gradients, together: Together, alone: Se
 def agrees(gradients: Gradients, together: Together, alone: Sequence[Objective]) -> bool:
     """Whether the engine's method agrees with the loop in the model's own precision.
 
-    Agreement in float32 is agreement; a difference may be float32's own, and is for `check` to judge.
+    Agreement in float32 is agreement; a difference may be float32's own, and is for `check` to judge. The clipping norm
+    is half the largest of the records' norms: a tiny gradient, known to few digits, stays tiny.
     """
     try:
-        _compare(gradients, together, [gradients.alone(objective) for objective in alone])
+        _compare(gradients, together, [gradients.alone(objective) for objective in alone], every=False)
     except SensitivityError:
         return False
     return True
 
 
-def _compare(gradients: Gradients, together: Together, singles: Sequence[dict[str, torch.Tensor]]) -> None:
+def _compare(
+    gradients: Gradients, together: Together, singles: Sequence[dict[str, torch.Tensor]], *, every: bool
+) -> None:
     norms = torch.stack([torch.stack([part.norm() for part in single.values()]).norm() for single in singles])
     finite = norms[torch.isfinite(norms)]  # the engine counts the others as zero, and so does the loop
     if len(finite) and not float(finite.max()) > 0:
         raise SensitivityError(
             "the probe's made-up records have no gradient, so it can tell nothing; nothing is released."
         )
-    clipping = Clipping(float(finite.max()) / 2 if len(finite) else 1.0)
+    clipping = Clipping(_half(finite, every=every) if len(finite) else 1.0)
     factors = clipping.factors(norms)
     total = ClippedSum(gradients, clipping)
     for numbers, objective in together:
@@ -110,6 +114,12 @@ def _compare(gradients: Gradients, together: Together, singles: Sequence[dict[st
             f"the probe found that the clipped sum of {worst!r} differs by {gaps[worst]:.2g} (limit {TOLERANCE:g}) from a loop "
             "over single records; nothing is released. Train another part of this model."
         )
+
+
+def _half(norms: torch.Tensor, *, every: bool) -> float:
+    """Half of the largest norm, or of the smallest, that `every` record be clipped; none that is zero but for rounding."""
+    largest = float(norms.max())
+    return float(norms[norms > SMALLEST * largest].min() if every else largest) / 2
 
 
 def check_features(together: torch.Tensor, alone: torch.Tensor) -> None:

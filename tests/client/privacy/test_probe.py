@@ -13,7 +13,7 @@ from client.privacy.book import Entry, Outer
 from client.privacy.engine import Clipping, Gradients, Hooked, Objective, Opacus, train_only
 from client.training import EncoderPass
 from shared import models
-from shared.errors import SensitivityError
+from shared.errors import EngineError, RefusedError, SensitivityError
 from shared.models import LoadedModel, TextClassifier
 from shared.run_config import RunConfig
 from shared.tasks.text_classification import Examples
@@ -175,7 +175,7 @@ def test_the_probe_catches_table_rows_booked_for_the_batch(full: RunConfig, monk
         right(self, ids, only)
 
     monkeypatch.setattr(Entry, "add_rows", for_the_first)
-    with pytest.raises(SensitivityError, match="embeddings"):
+    with pytest.raises(SensitivityError, match="loop over single records"):
         run(full.model_copy(update={"hardware": full.hardware.model_copy(update={"gradients": "one-pass"})}))
 
 
@@ -357,3 +357,51 @@ def test_a_doubt_in_float32_is_settled_in_double(new_desk: Callable[..., Any], m
     desk.train(1)
     monkeypatch.setattr(probe, "agrees", lambda *_: False)
     assert desk.train(2).round == 2
+
+
+def test_a_fault_at_long_records_alone_is_found_by_the_full_probe(
+    full: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an engine that forgets, in the norm, what it keeps whole only where a text is long."""
+    right = Entry.squared_norms
+
+    def short_only(self: Entry) -> Tensor:
+        long = self.whole is not None and len(self.shape) == 2 and not self.outers
+        return torch.zeros(self.records) if long else right(self)
+
+    monkeypatch.setattr(Entry, "squared_norms", short_only)
+    with pytest.raises(SensitivityError):
+        run(full.model_copy(update={"hardware": full.hardware.model_copy(update={"gradients": "one-pass"})}))
+
+
+def test_no_later_probe_is_of_a_single_record(lora: RunConfig) -> None:
+    model = models.load(lora)
+    objective = EncoderPass(model, Examples((), ()), lora)
+    assert {len(objective.made_up(only_one_batch=True)[1]) for _ in range(40)} == {2, 3}
+
+
+def test_another_model_is_probed_in_full_again(new_desk: Callable[..., Any], new_config: Callable[..., Any]) -> None:
+    desk = new_desk()
+    desk.train(1)
+    assert desk.resident.probed
+    desk.resident.model(new_config(model={"trainable": "full"}), "cpu")
+    assert not desk.resident.probed
+
+
+def test_an_engine_that_fails_on_drawn_records_says_so_at_the_site_alone(
+    new_desk: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = new_desk(config={"hardware": {"gradients": "one-pass"}})
+    right, seen = Gradients.add, []
+
+    def fails_on_real_ones(self: Gradients, objective: Objective, *rest: Any) -> Tensor:
+        seen.append(objective.records)
+        if objective.records > 3:
+            raise SensitivityError("a drawn record has 31 tokens")
+        return right(self, objective, *rest)
+
+    monkeypatch.setattr(Gradients, "add", fails_on_real_ones)
+    with pytest.raises(EngineError) as failed:
+        desk.train(1)
+    assert not isinstance(failed.value, RefusedError)  # whose text would leave
+    assert desk.spent() == 0
