@@ -29,6 +29,7 @@ bench: .venv/developed  ## the benchmarks, each a table
 	$(BIN)/python benchmarks/history.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/accounting.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/noise.py
+	$(BIN)/python benchmarks/private_step.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sensitivity_matrix.py
 
 fmt: .venv/developed  ## put the code in order
