@@ -10,7 +10,7 @@ the chain: for that the site keeps a counter beside its ledger, and the coordina
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +18,8 @@ from typing import Any, Literal
 from shared.errors import DataError
 
 FORMAT, VERSION = "moonflower-ledger", 1  # of an export
-NO_HEAD = "0" * 64  # stands for the event before the first; messages.NO_HEAD
+NO_HEAD = "0" * 64  # stands for the event before the first
+ORDERS = (2, 16384)  # of a Rényi filter: 16384 is the highest that `accounting.best_order` gives
 HEADER: dict[str, type] = {"id": str, "account": str, "delta": float, "order": int, "opened_at": str}
 EVENT: dict[str, type] = {
     "number": int,  # from 1
@@ -37,6 +38,7 @@ EVENT: dict[str, type] = {
 }
 
 Values = Mapping[str, Any]
+_LARGEST: dict[type, float] = {int: 2**63 - 1, float: sys.float_info.max}  # SQLite's integer; what a float holds
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
@@ -59,6 +61,20 @@ class Fault:
     text: str
 
 
+def parse(text: str | bytes) -> Any:
+    """Read JSON that anyone may have written.
+
+    Raises
+    ------
+    ValueError
+        Where it is none, or none that can be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def canonical(values: Values) -> str:
     """Return the one JSON text of some values: keys sorted, no spaces, ASCII, floats at full precision."""
     return _ENCODER.encode(values)
@@ -75,7 +91,7 @@ def row_digest(header: Values, event: Values) -> str:
         Where a field is missing, unknown or of another type.
     """
     event = {name: value for name, value in event.items() if name != "row"}
-    text = canonical({"dataset": _typed(header, HEADER, "the dataset"), "event": _typed(event, EVENT, "an event")})
+    text = canonical({"dataset": _header(header), "event": _typed(event, EVENT, "an event")})
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -132,7 +148,14 @@ def _parts(export: Values) -> tuple[Values, list[Values]]:
         if not isinstance(event, Mapping):
             raise DataError("an event is no object")
         _typed({name: value for name, value in event.items() if name != "row"}, EVENT, "an event")
-    return _typed(header, HEADER, "the dataset"), events
+    return _header(header), events
+
+
+def _header(values: Values) -> dict[str, Any]:
+    typed = _typed(values, HEADER, "the dataset")
+    if not 0 < typed["delta"] < 1 or not ORDERS[0] <= typed["order"] <= ORDERS[1]:
+        raise DataError(f"the dataset's delta is not within 0 and 1, or its order not from {ORDERS[0]} to {ORDERS[1]}")
+    return typed
 
 
 def _typed(values: Values, fields: dict[str, type], what: str) -> dict[str, Any]:
@@ -141,10 +164,11 @@ def _typed(values: Values, fields: dict[str, type], what: str) -> dict[str, Any]
     typed = {}
     for name, kind in fields.items():
         value = values[name]
-        if type(value) is not kind or kind is float:
-            number = type(value) in (int, float) and math.isfinite(value)
-            if kind is str or not number or kind(value) != value:
-                raise DataError(f"{what}'s {name} is not a {kind.__name__}")
+        if kind is str:
+            if type(value) is not str or not value.isprintable():  # it is shown to a person
+                raise DataError(f"{what}'s {name} is not a line of text")
+        elif type(value) not in (int, float) or not abs(value) <= _LARGEST[kind] or kind(value) != value:
+            raise DataError(f"{what}'s {name} is not a {kind.__name__}")
         typed[name] = kind(value)
     return typed
 

@@ -29,7 +29,6 @@ NOISE_SOURCES = ("aes-256-ctr", "device", "none")  # device: the accelerator's o
 GRADIENTS = ("one-pass", "hooks", "ghost")  # how each record's gradient was had
 LEDGER_ID, LEDGER_HEAD = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
 LARGEST = 2**31 - 1  # of a count that a database keeps
-NO_HEAD = "0" * 64  # stands for the event before the first
 
 
 def public() -> Any:
@@ -62,7 +61,7 @@ class JoinReply:
     validation: float = public()  # share of the records kept for validation
     ledger_id: str = public()  # of the dataset's account: random, made when it was opened; 32 hexadecimal digits
     ledger_number: int = public()  # events in the account so far, over all runs
-    ledger_head: str = public()  # digest of the last of them; NO_HEAD before the first
+    ledger_head: str = public()  # digest of the last of them; ledger_chain.NO_HEAD before the first
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class TrainReply:
     gradients: str = public()  # one of GRADIENTS
     ledger_id: str = public()
     ledger_number: int = public()  # of this release in the account's chain, from 1
-    ledger_head: str = public()  # digest of the event before it; NO_HEAD for the first
+    ledger_head: str = public()  # digest of the event before it; ledger_chain.NO_HEAD for the first
 
 
 @dataclass(frozen=True)

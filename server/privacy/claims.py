@@ -6,7 +6,7 @@ Each line says one thing that holds for any run, or for this one where the recor
 from dataclasses import fields
 from importlib.metadata import version
 
-from server.privacy.statement import Statement
+from server.privacy.records import Statement
 from shared.messages import REPLIES
 
 UNIT = "one record of a site's dataset"
@@ -39,7 +39,7 @@ SOURCES = {
     "aes-256-ctr": "AES-256 in counter mode, keyed by the operating system's entropy",
     "device": "the accelerator's own generator, which is not a cryptographic one",
     "none": "no noise",
-    "": "not recorded (a history from before releases named it)",
+    "": "not recorded (an answer that was lost, or a history from before releases named it)",
 }
 MECHANISMS = {
     "gaussian": "continuous Gaussian noise on a sum of clipped vectors",

@@ -11,121 +11,15 @@ The history alone is read: no run's folder, no model, no training code.
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 
-from server.history.records import Attempt, Kind, Ledger, Part, Participation, Round, Run, Spend
+from server import mechanisms
+from server.history.records import Run, Spend
 from server.history.store import History
-from server.mechanisms import release
-from shared import accounting
-from shared.errors import ConfigError
+from server.privacy import uncounted
+from server.privacy.records import PARTS, Account, Place, Recorded, Statement, Sums, ranges
 
-PARTS: dict[Kind, Part] = {"train": "train", "evaluate": "validation"}  # which part a request is charged to
-KINDS: dict[Part, Kind] = {"train": "train", "validation": "evaluate"}
 TOLERANCE = 1e-6  # relative, between a site's epsilon and the one composed here from the same releases
-
-Place = tuple[str, str, Part]  # site, dataset, part
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What the history says about a run's privacy."""
-
-    run: Run
-    attempts: Sequence[Attempt]
-    rounds: Sequence[Round]  # without their parts
-    participations: Sequence[tuple[int, Participation]]
-    spends: Sequence[tuple[int, Spend]]
-    ledgers: dict[str, Ledger]  # the newest that any run has seen, by account
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Equal noised sums: how many, how they were noised and drawn, and in which rounds."""
-
-    mechanism: str
-    noise_source: str
-    gradients: str
-    sampling_rate: float
-    noise_multiplier: float
-    steps: int
-    rounds: str
-
-
-@dataclass(frozen=True)
-class Account:
-    """One part of one site's dataset in this run.
-
-    Attributes
-    ----------
-    epsilon
-        Composed from the recorded releases and, where the site's ledger was given, from all that the ledger
-        holds of this run; inf where a release had no noise.
-    reported
-        What the site said after its last release, from its own ledger.
-    events
-        First and last number of the releases in the site's ledger; None where they were not recorded.
-    verified
-        Whether the ledger confirms the history; None where no ledger was given.
-    """
-
-    site: str
-    dataset: str
-    part: Part
-    epsilon: float
-    reported: float
-    delta: float
-    budget: float
-    releases: tuple[Sums, ...]
-    ledger_id: str
-    events: tuple[int, int] | None
-    verified: bool | None = None
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What an exported ledger says of the history, and what in either cannot be."""
-
-    source: str
-    dataset: str
-    account: str
-    sites: tuple[str, ...]
-    events: int
-    of_this_run: int
-    lifetime_epsilon: float  # of the dataset's larger part, over all runs, as the ledger's Rényi filter bounds it
-    order: int
-    delta: float
-    faults: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Statement:
-    """A run's statement: the claim, what it rests on, and what stands against it.
-
-    `doubts` contradict the claim, so that it is not made; `notes` are what a reader should know besides.
-    """
-
-    run: Run
-    private: bool
-    so_far: bool
-    rounds: int
-    accounts: tuple[Account, ...]
-    doubts: tuple[str, ...]
-    notes: tuple[str, ...]
-    simulated: bool
-    made_at: datetime
-    verifications: tuple[Verification, ...] = field(default=())
-
-    @property
-    def largest(self) -> Account | None:
-        """The account with the largest epsilon, which bounds the run's where sites share no record."""
-        return max(self.accounts, key=lambda account: account.epsilon, default=None)
-
-    @property
-    def delta(self) -> float | None:
-        """The largest delta of any account."""
-        return max((account.delta for account in self.accounts), default=None)
 
 
 def read(history: History, run: Run) -> Recorded:
@@ -145,9 +39,9 @@ def read(history: History, run: Run) -> Recorded:
 def make(recorded: Recorded, *, now: datetime) -> Statement:
     """State what the history shows; `server.privacy.verify` adds what the sites' ledgers say."""
     run = recorded.run
-    private = run.private and _planned(run) != math.inf
+    private = run.private and planned(run, "epsilon") != math.inf
     accounts = tuple(_account(place, spends) for place, spends in sorted(by_place(recorded.spends).items()))
-    doubts = [*_noiseless(accounts), *_differences(accounts), *overspent(accounts), *_uncharged(recorded)]
+    doubts = [*noiseless(accounts), *_differences(accounts), *overspent(accounts), *_uncharged(recorded)]
     return Statement(
         run=run,
         private=private,
@@ -155,7 +49,8 @@ def make(recorded: Recorded, *, now: datetime) -> Statement:
         rounds=len(recorded.rounds),
         accounts=accounts,
         doubts=tuple([*doubts, *_used_twice(recorded)] if private else ()),
-        notes=tuple(_unseen(recorded)) if private else (),
+        uncounted=tuple(uncounted.find(recorded) if private else ()),
+        notes=(),
         simulated=any(attempt.engine == "in-process" for attempt in recorded.attempts),
         made_at=now,
     )
@@ -169,37 +64,16 @@ def by_place(spends: Iterable[tuple[int, Spend]]) -> dict[Place, list[tuple[int,
     return dict(found)
 
 
-def _compose(spends: Iterable[Spend], delta: float) -> float:
-    """Epsilon of recorded releases, in the order in which they were charged; inf where no mechanism made them."""
-    try:
-        return accounting.epsilon(
-            [release(spend.mechanism, spend.sampling_rate, spend.noise_multiplier, spend.steps) for spend in spends],
-            delta,
-        )
-    except ConfigError:
-        return math.inf
-
-
 def agree(one: float, other: float) -> bool:
     """Whether two epsilons of the same releases are the same but for rounding."""
     return one == other or math.isclose(one, other, rel_tol=TOLERANCE)
 
 
-def ranges(numbers: Iterable[int]) -> str:
-    """Write round numbers shortly: 1-4, 7."""
-    spans: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
-
-
-def _planned(run: Run) -> float | None:
+def planned(run: Run, name: str) -> float | None:
+    """Read a number of the run's [privacy]; None where its configuration has none."""
     section = run.config.get("privacy")
     try:
-        return float(section["epsilon"]) if isinstance(section, dict) else None
+        return float(section[name]) if isinstance(section, dict) else None
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -214,7 +88,9 @@ def _account(place: Place, spends: Sequence[tuple[int, Spend]]) -> Account:
     events = [spend.ledger_number for _, spend in spends]
     return Account(
         *place,
-        epsilon=_compose((spend for _, spend in spends), delta),
+        epsilon=mechanisms.epsilon(
+            ((each.mechanism, each.sampling_rate, each.noise_multiplier, each.steps) for _, each in spends), delta
+        ),
         reported=last.epsilon,
         delta=delta,
         budget=last.budget,
@@ -231,7 +107,8 @@ def _name(account: Account) -> str:
     return f"site {account.site}, {account.part} records"
 
 
-def _noiseless(accounts: Sequence[Account]) -> list[str]:
+def noiseless(accounts: Iterable[Account]) -> list[str]:
+    """Name the accounts that nothing bounds."""
     return [
         f"{_name(account)}: a sum was released without noise, or by no mechanism that is accounted for; nothing bounds it."
         for account in accounts
@@ -252,7 +129,7 @@ def differences(accounts: Iterable[Account]) -> dict[Place, str]:
             )
         )
         for account in accounts
-        if not agree(account.reported, account.epsilon)
+        if account.reported is not None and not agree(account.reported, account.epsilon)
     }
 
 
@@ -290,24 +167,3 @@ def _used_twice(recorded: Recorded) -> list[str]:
         for (_, event), spends in held.items()
         if len(spends) > 1
     ]
-
-
-def _unseen(recorded: Recorded) -> list[str]:
-    """Note answers that a lost attempt has seen and no round has committed: their sites have charged them."""
-    newest: dict[str, Spend] = {}
-    for _, spend in recorded.spends:
-        held = newest.get(spend.ledger_id)
-        if spend.ledger_number and (held is None or spend.ledger_number > held.ledger_number):
-            newest[spend.ledger_id] = spend
-    lines = []
-    for spend in newest.values():
-        seen = recorded.ledgers.get(spend.ledger_id)
-        if seen is not None and seen.run == recorded.run.id and seen.number > spend.ledger_number:
-            lines.append(
-                f"site {spend.site}: its ledger was seen at event {seen.number}, and the last committed release is its event "
-                f"{spend.ledger_number}. What it may have answered to a round that was not committed is not in these "
-                "numbers; its ledger (--verify) has it."
-            )
-    if recorded.run.status != "completed":
-        lines.append("A round under way may have been charged at the sites, and is not in these numbers.")
-    return lines

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from server.listing import clean
 from server.privacy import claims
-from server.privacy.statement import Account, Statement
+from server.privacy.records import Account, Statement
 from server.report import words
 from shared import __version__
 
@@ -23,12 +23,17 @@ STYLE = HERE.parent / "report" / "report.css"
 
 
 def verdict(statement: Statement) -> str:
-    """One word for machines: "none", "in doubt", "nothing released" or "holds"."""
+    """One word for machines: "none", "in doubt", "nothing recorded", "holds as recorded" or "holds".
+
+    It holds as recorded where more may have been spent than was recorded (`Statement.uncounted`).
+    """
     if not statement.private:
         return "none"
     if statement.doubts or any(each.faults for each in statement.verifications):
         return "in doubt"
-    return "holds" if statement.accounts else "nothing released"
+    if not statement.accounts:
+        return "nothing recorded"
+    return "holds as recorded" if statement.uncounted else "holds"
 
 
 def as_json(statement: Statement) -> str:
@@ -59,6 +64,7 @@ def as_json(statement: Statement) -> str:
         },
         "accounts": [asdict(account) for account in statement.accounts],
         "doubts": statement.doubts,
+        "uncounted": [asdict(each) for each in statement.uncounted],
         "notes": statement.notes,
         "verifications": [asdict(each) for each in statement.verifications],
         "mechanisms": claims.mechanisms(statement),
@@ -76,6 +82,7 @@ def as_text(statement: Statement) -> str:
     """Write it for a terminal."""
     lines = [f"Privacy statement of run {statement.run.id} ({statement.run.name})", "", claim(statement)]
     lines += _listed("What stands against it", statement.doubts)
+    lines += _listed("Not in these numbers", [each.text for each in statement.uncounted])
     for each in statement.verifications:
         found = f"{each.events} events, {each.of_this_run} of this run; lifetime epsilon {_up(each.lifetime_epsilon)} "
         found += f"at delta {each.delta:g} (Rényi order {each.order})"
@@ -101,12 +108,13 @@ def claim(statement: Statement) -> str:
     if said == "in doubt":
         return "NOT ESTABLISHED: what was recorded contradicts itself, as said below."
     if largest is None:
-        return "Nothing has been released yet."
+        return "No release is recorded." + (" What may have been charged is said below." if statement.uncounted else "")
     until = f" so far ({statement.rounds} of {statement.run.rounds_planned} rounds)" if statement.so_far else ""
-    return (
-        f"Each record of each site lost at most epsilon {_up(largest.epsilon)} at delta {largest.delta:g}{until}: "
-        f"the largest account's, of site {largest.site}, {largest.part} records."
-    )
+    lost = f"ach record of each site lost at most epsilon {_up(largest.epsilon)} at delta {largest.delta:g}{until}"
+    of = f"the largest account's, of site {largest.site}, {largest.part} records."
+    if statement.uncounted:
+        return f"By the recorded releases, e{lost}: {of} What may have been charged besides is said below."
+    return f"E{lost}: {of}"
 
 
 def as_page(statement: Statement) -> str:

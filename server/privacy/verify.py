@@ -6,30 +6,19 @@ the run. The ledger may hold more, where a charged answer was lost on its way: t
 less.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from server.history.records import Kind, Spend
-from server.privacy.statement import (
-    KINDS,
-    PARTS,
-    Account,
-    Recorded,
-    Statement,
-    Verification,
-    agree,
-    by_place,
-    differences,
-    overspent,
-    ranges,
-)
+from server.history.records import Kind, Part, Spend
+from server.mechanisms import epsilon, release
+from server.privacy.records import KINDS, PARTS, Account, Place, Recorded, Statement, Sums, Verification, ranges
+from server.privacy.statement import agree, by_place, differences, noiseless, overspent, planned
 from shared import accounting, ledger_chain
-from shared.accounting import Release
 from shared.errors import ConfigError, DataError
+from shared.messages import LARGEST
 
 Event = Mapping[str, Any]
 Key = tuple[int, Kind]  # round, kind
@@ -57,14 +46,16 @@ def load(path: Path) -> Export:
         Where the file cannot be read or is no export at all.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = ledger_chain.parse(path.read_bytes())
         fault = ledger_chain.verify(values)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "it is not the JSON of a ledger's export"
         raise DataError(f"--verify {path}: {reason}; write it with `moonflower ledger export` at the site.") from None
     if fault is not None and fault.kind == "malformed":
         raise DataError(f"--verify {path}: {fault.text}")
     header = values["dataset"]
+    if any(event["steps"] > LARGEST for event in values["events"]):  # composing them could take any time
+        raise DataError(f"--verify {path}: an event has more than {LARGEST} steps, which no site releases.")
     known = (header["id"], header["account"], float(header["delta"]), int(header["order"]))
     return Export(str(path), *known, values["events"], None if fault is None else fault.text)
 
@@ -86,24 +77,36 @@ def verify(statement: Statement, recorded: Recorded, exports: Sequence[Export]) 
     verdicts = []
     for export in exports:
         found = _Comparison(export, recorded)
-        places = {place: found.compose(accounts[place]) for place in found.places}
+        composed = {place: found.compose(accounts.get(place) or found.opened(place)) for place in found.places}
         verdict = found.verdict()
         verdicts.append(verdict)
-        for place, epsilon in places.items():
-            account, sound = accounts[place], not verdict.faults
-            accounts[place] = replace(account, epsilon=max(account.epsilon, epsilon), verified=sound)
-            if sound and place in unexplained:  # the ledger has the answers that the history lacks
+        for place, account in composed.items():
+            accounts[place] = replace(account, verified=not verdict.faults)
+            if not verdict.faults and place in unexplained:  # the ledger has the answers that the history lacks
                 explained.add(unexplained[place])
-    without = [f"{each.site} ({each.part})" for each in accounts.values() if each.verified is None]
+    made = tuple(account for _, account in sorted(accounts.items()))
+    without = [f"{each.site} ({each.part})" for each in made if each.verified is None]
     doubts = [doubt for doubt in statement.doubts if doubt not in explained]
-    doubts += [doubt for doubt in overspent(accounts.values()) if doubt not in doubts]
+    if statement.private:
+        doubts += [doubt for doubt in (*noiseless(made), *overspent(made)) if doubt not in doubts]
+    counted = _counted(recorded, [verdict for verdict in verdicts if not verdict.faults])
     return replace(
         statement,
-        accounts=tuple(accounts.values()),
+        accounts=made,
         doubts=tuple(doubts),
+        uncounted=tuple(each for each in statement.uncounted if each.site not in counted),
         notes=(*statement.notes, *([f"No ledger was given for {', '.join(without)}."] if without else ())),
         verifications=tuple(verdicts),
     )
+
+
+def _counted(recorded: Recorded, sound: Sequence[Verification]) -> set[str]:
+    """Name the sites all of whose accounts in the run have a ledger that agrees: whatever they charged is counted."""
+    given = {each.account for each in sound}
+    kept = [(spend.site, spend.ledger_id) for _, spend in recorded.spends if spend.ledger_id]
+    kept += [(seen.site, seen.id) for seen in recorded.ledgers.values() if seen.run == recorded.run.id]
+    lacking = {site for site, account in kept if account not in given}
+    return {site for each in sound for site in each.sites} - lacking
 
 
 class _Comparison:
@@ -117,10 +120,17 @@ class _Comparison:
         self.events: dict[Key, Event] = {}
         for event in export.events:
             key = (event["round"], event["kind"])
-            if event["run"] == recorded.run.id and self.events.setdefault(key, event) is not event:
+            if event["run"] != recorded.run.id:
+                continue
+            if self.events.setdefault(key, event) is not event:
                 self.faults.append(f"dataset {export.dataset!r}: round {key[0]} ({key[1]}) was charged twice.")
-        self.sites = sorted({spend.site for _, spend in self.spends})
-        self.places = list(by_place(self.spends))
+            if PARTS.get(event["kind"]) != event["part"]:
+                self.faults.append(
+                    f"dataset {export.dataset!r}: round {key[0]} ({key[1]}) is charged to {event['part']!r}."
+                )
+        seen = recorded.ledgers.get(export.account)
+        self.sites = sorted({spend.site for _, spend in self.spends} or ({seen.site} if seen else set()))
+        self.places = self._places()
         self._check_account()
         self._check_newest()
         self._check_spends()
@@ -142,19 +152,58 @@ class _Comparison:
             notes=tuple(self.notes),
         )
 
-    def compose(self, account: Account) -> float:
-        """Epsilon of all that the ledger holds of an account in this run; what the site reported is checked on the way."""
-        held = sorted(
-            (event for event in self.events.values() if event["part"] == account.part), key=lambda each: each["number"]
+    def compose(self, account: Account) -> Account:
+        """Compose an account of all that the ledger holds of it in this run, and check what the site reported on the way."""
+        held = self._held(account.part)
+        if account.reported is not None:
+            last = account.events[1] if account.events else math.inf
+            reported = _epsilon([event for event in held if event["number"] <= last], account.delta)
+            if not agree(reported, account.reported):
+                self.faults.append(
+                    f"site {account.site}, {account.part} records: the site reported epsilon {account.reported:.6g}, and its "
+                    f"ledger comes to {reported:.6g} up to that release."
+                )
+        return replace(account, epsilon=max(account.epsilon, _epsilon(held, account.delta)))
+
+    def opened(self, place: Place) -> Account:
+        """Give the account of a part of which the history has no release, from the ledger's events."""
+        run, held = self.recorded.run, self._held(place[2])
+        budget, delta = planned(run, "epsilon"), planned(run, "delta")
+        alike: dict[tuple[str, float, float], list[Event]] = {}
+        for event in held:
+            alike.setdefault((event["mechanism"], event["sampling_rate"], event["noise_multiplier"]), []).append(event)
+        return Account(
+            *place,
+            epsilon=0.0,
+            reported=None,
+            delta=self.export.delta if delta is None else delta,
+            budget=math.inf if budget is None else budget,
+            releases=tuple(
+                Sums(
+                    mechanism,
+                    noise_source="",
+                    gradients="",
+                    sampling_rate=rate,
+                    noise_multiplier=noise,
+                    steps=sum(event["steps"] for event in events),
+                    rounds=ranges(event["round"] for event in events),
+                )
+                for (mechanism, rate, noise), events in alike.items()
+            ),
+            ledger_id=self.export.account,
+            events=(held[0]["number"], held[-1]["number"]),
         )
-        last = account.events[1] if account.events else math.inf
-        reported = _epsilon([event for event in held if event["number"] <= last], account.delta)
-        if not agree(reported, account.reported):
-            self.faults.append(
-                f"site {account.site}, {account.part} records: the site reported epsilon {account.reported:.6g}, and its "
-                f"ledger comes to {reported:.6g} up to that release."
-            )
-        return _epsilon(held, account.delta)
+
+    def _held(self, part: Part) -> list[Event]:
+        return sorted((each for each in self.events.values() if each["part"] == part), key=lambda each: each["number"])
+
+    def _places(self) -> list[Place]:
+        """Name the accounts that either side has a release of: the ledger may have the only one."""
+        places = list(by_place(self.spends))
+        for site in self.sites[-1:]:
+            known = {part for _, _, part in places}
+            places += [(site, self.export.dataset, part) for part in KINDS if part not in known and self._held(part)]
+        return places
 
     def _is_of(self, spend: Spend) -> bool:
         if not spend.ledger_id:  # recorded before accounts were
@@ -170,7 +219,7 @@ class _Comparison:
             raise DataError(f"--verify {self.export.source}: {what} has nothing of run {self.recorded.run.id!r}.")
         if others:
             self.faults.append(f"{what} is not the one that the run's releases are in: {', '.join(sorted(others))}.")
-        elif not self.spends:
+        elif not self.sites:
             rounds = ranges(number for number, _ in self.events)
             self.faults.append(f"{what} holds releases of this run (rounds {rounds}), and the history has none of it.")
 
@@ -231,23 +280,20 @@ def _pairs(spend: Spend, event: Event) -> list[tuple[str, object, object]]:
     return pairs
 
 
-def _release(event: Event) -> Release:
-    return Release(event["sampling_rate"], event["noise_multiplier"], event["steps"], event["mechanism"])
+def _made(event: Event) -> tuple[str, float, float, int]:
+    return event["mechanism"], event["sampling_rate"], event["noise_multiplier"], event["steps"]
 
 
 def _epsilon(events: Sequence[Event], delta: float) -> float:
-    try:
-        return accounting.epsilon([_release(event) for event in events], delta)
-    except ConfigError:
-        return math.inf
+    return epsilon(map(_made, events), delta)
 
 
 def _lifetime(export: Export) -> float:
     prices: dict[str, list[float]] = {part: [0.0] for part in PARTS.values()}
     try:
         for event in export.events:
-            prices[event["part"]].append(accounting.rdp(_release(event), export.order))
-    except (ConfigError, KeyError):
+            prices[event["part"]].append(accounting.rdp(release(*_made(event)), export.order))
+    except (ConfigError, KeyError, OverflowError):
         return math.inf
     largest = max(math.fsum(part) for part in prices.values())
     return accounting.rdp_to_epsilon(largest, export.order, export.delta)

@@ -15,9 +15,11 @@ import server.app
 import server.job
 from client import answers, site
 from client.app import site_from_context
+from client.privacy.ledger import Ledger, Question
 from client.site import Site
 from server.history.store import History
-from shared import messages, models, plan
+from shared import ledger_chain, messages, models, plan
+from shared.accounting import Release
 from shared.errors import ConfigError, DataError
 from shared.messages import FLOWER_TYPES, REPLIES, EvaluateReply, JoinReply, Refusal, TrainReply, from_record, to_record
 from shared.run_config import RunConfig
@@ -97,7 +99,7 @@ def public_values(own: Site, config: RunConfig, reply: Any) -> tuple[dict[str, A
             "validation": card.validation,
             "ledger_id": account,
             "ledger_number": 0,
-            "ledger_head": messages.NO_HEAD,
+            "ledger_head": ledger_chain.NO_HEAD,
         }, set()
     with answers.open_ledger(own) as ledger:
         part, kind = ("train", "train") if isinstance(reply, TrainReply) else ("validation", "evaluate")
@@ -203,6 +205,37 @@ def test_a_refusal_that_rests_on_public_values_says_why(new_desk: Callable[..., 
     desk = new_desk(site={"privacy": {"max_run_epsilon": 1.0}})
     for kind, record in requests(desk).items():
         assert "max_run_epsilon" in assert_refusal(send(desk.site, kind, record), "refused")
+
+
+@pytest.mark.parametrize(
+    ("setting", "limits"),
+    [
+        ("federation.coordinator='coordinator'", {"coordinators": [SECRET]}),
+        ("model.name=", {"models": [f"/srv/{SECRET}/*"]}),
+        ("task.name='text-classification'", {"tasks": [SECRET]}),
+    ],
+)
+def test_a_name_that_is_not_allowed_is_refused_without_the_names_that_are(
+    new_desk: Callable[..., Any], send: Any, setting: str, limits: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    desk = new_desk(site={"privacy": limits})
+    for kind, record in requests(desk).items():
+        reason = assert_refusal(send(desk.site, kind, record), "refused")
+        assert setting in reason
+        assert f"[privacy] {next(iter(limits))}" in reason
+    assert SECRET in caplog.text  # of the site
+
+
+def test_another_data_set_in_the_ledger_is_named_to_the_sites_log_and_to_nobody_else(
+    new_desk: Callable[..., Any], send: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk = new_desk()
+    privacy = desk.site.privacy
+    with Ledger.open(desk.site.ledger, dataset=SECRET, delta=privacy.delta, max_epsilon=privacy.max_epsilon) as other:
+        other.charge(Question("run", "1", "d", 1, "train", "train"), Release(0.03, 1.0, 1), lambda *_: b"reply")
+    for kind, record in requests(desk).items():
+        assert_refusal(send(desk.site, kind, record), "failed")
+    assert SECRET in caplog.text
 
 
 def test_a_site_without_budget_says_so_and_only_then(new_desk: Callable[..., Any], send: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shared import ledger_chain, messages
+from shared import accounting, ledger_chain
 from shared.errors import DataError
 
 HEADER = {"id": "notes", "account": "ab" * 16, "delta": 1e-5, "order": 4, "opened_at": "2026-01-01T00:00:00+00:00"}
@@ -15,7 +15,7 @@ HEADER = {"id": "notes", "account": "ab" * 16, "delta": 1e-5, "order": 4, "opene
 
 def exported(count: int = 5) -> dict[str, Any]:
     events: list[dict[str, Any]] = []
-    head = messages.NO_HEAD
+    head = ledger_chain.NO_HEAD
     for number in range(1, count + 1):
         event = {
             "number": number,
@@ -76,7 +76,7 @@ def test_a_field_that_was_edited_is_found_where_it_is(name: str, number: int) ->
 @pytest.mark.parametrize("name", ledger_chain.HEADER)
 def test_the_datasets_own_row_is_in_the_chain(name: str) -> None:
     export = exported()
-    export["dataset"][name] = export["dataset"][name] + ("x" if isinstance(export["dataset"][name], str) else 1)
+    export["dataset"][name] *= 2
     assert fault(export) == ("edited", 1)
 
 
@@ -92,10 +92,6 @@ def test_an_edit_whose_digest_was_made_anew_is_found_by_the_next_event() -> None
     event["noise_multiplier"] = 9.0
     event["row"] = ledger_chain.row_digest(HEADER, event)
     assert fault(export) == ("dropped", 6)
-
-
-def test_both_sides_of_the_network_write_the_same_head_before_the_first() -> None:
-    assert ledger_chain.NO_HEAD == messages.NO_HEAD == exported()["events"][0]["previous"]
 
 
 def drop(number: int) -> Callable[[list[Any]], None]:
@@ -146,6 +142,15 @@ def test_an_event_that_is_dropped_moved_or_repeated_is_named(
         exported() | {"events": [exported()["events"][0] | {"steps": 1.5}]},
         exported() | {"events": [exported()["events"][0] | {"noise_multiplier": float("nan")}]},
         exported() | {"dataset": HEADER | {"more": 1}},
+        exported() | {"events": [exported()["events"][0] | {"steps": 10**400}]},
+        exported() | {"events": [exported()["events"][0] | {"noise_multiplier": 10**400}]},
+        exported() | {"events": [exported()["events"][0] | {"run": "\ud800"}]},
+        exported() | {"events": [exported()["events"][0] | {"run": "\x1b[2J"}]},
+        exported(0) | {"dataset": HEADER | {"delta": 10**400}},
+        exported(0) | {"dataset": HEADER | {"delta": 1.0}},
+        exported(0) | {"dataset": HEADER | {"order": 10**400}},
+        exported(0) | {"dataset": HEADER | {"order": 16385}},
+        exported(0) | {"dataset": HEADER | {"order": 1}},
     ],
 )
 def test_what_is_no_export_is_said_to_be_none(export: dict[str, Any]) -> None:
@@ -156,3 +161,8 @@ def test_a_field_that_the_digest_would_not_cover_is_refused() -> None:
     event = exported()["events"][0]
     with pytest.raises(DataError, match="its fields: epsilon"):
         ledger_chain.row_digest(HEADER, event | {"epsilon": 0.1})
+
+
+def test_the_highest_order_that_a_ledger_is_opened_with_is_read() -> None:
+    assert ledger_chain.ORDERS[1] == max(accounting._ORDERS)
+    assert fault(exported(0) | {"dataset": HEADER | {"order": ledger_chain.ORDERS[1]}}) is None

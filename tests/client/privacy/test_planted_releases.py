@@ -106,7 +106,7 @@ def public_values(desk: Any) -> dict[str, Any]:
             elif item.name in ("ledger_id", "ledger_head"):
                 with desk.ledger() as ledger:
                     export = ledger.export()
-                heads = [messages.NO_HEAD, *(event["row"] for event in export["events"])]
+                heads = [ledger_chain.NO_HEAD, *(event["row"] for event in export["events"])]
                 known = heads[reply.ledger_number - (kind != "join")] if item.name == "ledger_head" else ledger.account
                 assert value == known
                 assert ledger_chain.verify(export) is None

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from flwr.app import Message
 
 import client.app
 from client.privacy.account import Account
@@ -18,6 +19,8 @@ from server import job, rounds
 from server.history.store import History
 from server.observer import Log
 from server.privacy.cli import privacy
+from shared import messages
+from shared.messages import Refusal
 from simulations import prepare, scenario
 from simulations.grid import InProcessGrid
 
@@ -47,6 +50,21 @@ class Played:
             with History.open(self.url) as history:
                 grid = InProcessGrid(app, prepare.site_files(self.run))
                 rounds.run(found, grid, history, observer or Log(), engine="in-process")
+
+    def play_losing(self, *lost: tuple[str, str, int]) -> None:
+        """Play it with these answers (site, kind, round) computed, charged, and lost on their way."""
+
+        def app_of(inner: Any) -> Any:
+            def answer(message: Message, context: Any) -> Message:
+                reply: Message = inner(message=message, context=context)
+                site, kind = SITES[context.node_id - 1], message.metadata.message_type
+                if (site, kind, message.content.config_records["values"].get("round")) in lost:
+                    return Message(messages.to_record(Refusal(site, "failed", "lost on its way")), reply_to=message)
+                return reply
+
+            return answer
+
+        self.play(app_of)
 
     def ledger(self, site: str) -> Path:
         return self.home / "runs" / self.run / "sites" / site / "ledger.db"

@@ -14,12 +14,14 @@ from click.testing import CliRunner
 from server.history.store import History
 from server.privacy import claims
 from server.privacy.cli import privacy
-from server.privacy.statement import ranges
+from server.privacy.records import ranges
 from shared import accounting
 from shared.accounting import Release
+from shared.errors import RunFailedError
 from shared.messages import REPLIES
 
 SITES = ["north", "south", "west"]
+
 PARTS = ["train", "validation"]
 TAMPER = "UPDATE spends SET {} WHERE site = 'north' AND part = 'train' AND round_id = (SELECT max(id) FROM rounds)"
 
@@ -39,7 +41,7 @@ def test_a_run_is_stated_with_what_its_recorded_releases_come_to(played):
     assert 7.9 < said["epsilon"] <= 8.0
     assert (said["delta"], said["so_far"], said["verdict"]) == (1e-5, False, "holds")
     assert (said["unit"], said["neighbours"]) == ("one record of a site's dataset", "add or remove one record")
-    assert (stated["doubts"], stated["notes"]) == ([], [])
+    assert (stated["doubts"], stated["uncounted"], stated["notes"]) == ([], [], [])
     (train,) = account(stated, "north", "train")["releases"]
     assert (train["rounds"], train["steps"], train["sampling_rate"]) == ("1-3", 5, 0.5)
     assert (train["mechanism"], train["noise_source"]) == ("gaussian", "aes-256-ctr")
@@ -103,6 +105,96 @@ def test_an_answer_without_a_recorded_spend_is_in_doubt(mine):
     assert "site west answered in round 3 (evaluate), and no spend is recorded for it." in doubts
 
 
+def uncounted(stated):
+    return [each["text"] for each in stated["uncounted"]]
+
+
+@pytest.mark.parametrize("outcome", ["failed", "timeout"])
+def test_an_answer_lost_after_the_last_recorded_release_is_said_and_the_claim_is_of_what_was_recorded(begun, outcome):
+    begun.play_losing(("south", "train", 3))
+    begun.change("UPDATE participations SET outcome = ? WHERE outcome <> 'ok'", outcome)
+    stated = begun.stated()
+    (said,) = uncounted(stated)
+    assert said.startswith(f"site south may have charged train of round 3, of which no answer counts ({outcome}: lost")
+    assert stated["guarantee"]["verdict"] == "holds as recorded"
+    text, page = begun.state(style="text").output, begun.state(style="html").output
+    assert "By the recorded releases, each record of each site lost at most epsilon" in text
+    assert "Each record of each site lost" not in text + page
+    assert said in text
+    assert said.split(" (")[0] in page
+
+
+def test_a_lost_answer_before_the_last_recorded_release_is_told_by_what_the_site_reports(begun):
+    begun.play_losing(("north", "train", 2))
+    stated = begun.stated(sound=False)
+    assert uncounted(stated) == []
+    assert any("answers that never arrived" in doubt for doubt in stated["doubts"])
+
+
+def test_a_site_none_of_whose_answers_passed_the_coordinators_checks_is_named(begun):
+    def nonsense(inner):
+        def answer(message, context):
+            reply = inner(message=message, context=context)
+            if context.node_id == 3 and message.metadata.message_type != "query":
+                reply.content.config_records["values"]["epsilon"] = -1.0
+            return reply
+
+        return answer
+
+    begun.play(nonsense)
+    said = uncounted(begun.stated())
+    assert [line.split(",")[0] for line in said] == [
+        "site west may have charged evaluate of rounds 2-3",
+        "site west may have charged train of rounds 1-3",
+    ]
+    assert "are no such values" in said[0]
+
+
+def test_a_site_that_a_resumed_run_no_longer_asks_is_named(mine):
+    """Its answer to the round that the first attempt did not commit is in no round, and in its ledger."""
+    mine.change("UPDATE rounds SET attempt = 2 WHERE number = 3")
+    mine.change("DELETE FROM participations WHERE site = 'west' AND round_id = (SELECT max(id) FROM rounds)")
+    mine.change("DELETE FROM spends WHERE site = 'west' AND round_id = (SELECT max(id) FROM rounds)")
+    mine.change("UPDATE ledgers SET number = 3 WHERE site = 'west'")
+    assert [line.split(",")[0] for line in uncounted(mine.stated())] == [
+        "site west may have charged evaluate of round 3",
+        "site west may have charged train of round 3",
+    ]
+
+
+def test_a_run_that_failed_in_its_first_round_has_no_recorded_release_and_says_what_was_seen(begun):
+    with pytest.raises(RunFailedError):
+        begun.play_losing(("south", "train", 1), ("west", "train", 1))
+    stated = begun.stated()
+    assert (stated["guarantee"]["verdict"], stated["accounts"]) == ("nothing recorded", [])
+    assert any(
+        "site north: its ledger was seen at event 1, and no release of it is" in line for line in uncounted(stated)
+    )
+    for style in ("text", "html"):
+        written = begun.state(style=style).output
+        assert "No release is recorded." in written
+        assert "site north: its ledger was seen at event 1" in written
+        assert "Nothing has been released" not in written
+
+
+def test_what_an_unfinished_run_may_have_left_is_said_when_a_later_run_has_moved_the_ledger_on(mine):
+    mine.change("UPDATE ledgers SET number = 9, run_id = 'later' WHERE site = 'north'")
+    assert uncounted(mine.stated()) == []  # one attempt that committed all its rounds has left nothing
+    mine.change("UPDATE runs SET status = 'failed'")
+    said = uncounted(mine.stated())
+    assert said[0].startswith(
+        "site north: its ledger was seen at event 9 by run later, and its last committed release is"
+    )
+    assert said[1].startswith("A round under way")
+
+
+def test_a_ledger_that_the_run_moved_and_of_which_it_records_nothing_is_named(mine):
+    mine.change("DELETE FROM spends WHERE site = 'north'")
+    mine.change("DELETE FROM participations WHERE site = 'north'")
+    (said,) = uncounted(mine.stated())
+    assert said.startswith("site north: its ledger was seen at event 5, and no release of it is recorded.")
+
+
 def test_a_run_without_privacy_has_no_guarantee_and_says_so_everywhere(without_privacy):
     stated = without_privacy.stated()
     assert (stated["guarantee"]["verdict"], stated["guarantee"]["epsilon"]) == ("none", "Infinity")
@@ -161,7 +253,9 @@ def test_a_history_of_the_first_schema_is_stated_once_it_is_upgraded(tmp_path):
     History.upgrade(url)
     result = CliRunner().invoke(privacy, ["statement", "lungs-1", "--database", url, "--format", "json"])
     stated = json.loads(result.stdout)
-    assert stated["noise_sources"] == ["not recorded (a history from before releases named it)"]
+    assert stated["noise_sources"] == [
+        "not recorded (an answer that was lost, or a history from before releases named it)"
+    ]
     assert stated["accounts"][0]["events"] is None
 
 

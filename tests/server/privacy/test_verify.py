@@ -6,13 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from flwr.app import Message
 
 from server.privacy import verify
-from shared import accounting, ledger_chain, messages
+from shared import accounting, ledger_chain
 from shared.accounting import Release
 from shared.errors import DataError
-from shared.messages import Refusal
 
 SITES = ["north", "south", "west"]
 
@@ -44,6 +42,10 @@ def faults(run, *exports):
 
 def against(run, *sites):
     return run.stated(*(word for site in sites for word in ("--verify", run.export(site))))
+
+
+def uncounted(stated):
+    return [each["text"] for each in stated["uncounted"]]
 
 
 def account(stated, site, part="train"):
@@ -186,17 +188,7 @@ def test_what_has_nothing_to_do_with_the_run_is_refused(mine, tmp_path):
 
 
 def test_an_answer_that_was_lost_is_in_doubt_until_the_ledger_explains_and_counts_it(begun):
-    def lose(inner):
-        def answer(message: Message, context):
-            reply = inner(message=message, context=context)  # computed and charged
-            content = message.content.config_records["values"]
-            if (message.metadata.message_type, context.node_id, content.get("round")) == ("train", 1, 2):
-                return Message(messages.to_record(Refusal("north", "failed", "lost on its way")), reply_to=message)
-            return reply
-
-        return answer
-
-    begun.play(lose)
+    begun.play_losing(("north", "train", 2))
     stated = begun.stated(sound=False)
     assert any("charged answers that never arrived" in doubt for doubt in stated["doubts"])
     before = account(stated, "north")["epsilon"]
@@ -243,19 +235,20 @@ with History.open({begun.url!r}) as history:
     assert stated["guarantee"]["epsilon"] == pytest.approx(one_step)
     assert "so far (1 of 3 rounds)" in begun.state(style="text").output
     assert any(
-        note.startswith("site north: its ledger was seen at event 2, and the last committed")
-        for note in stated["notes"]
+        text.startswith("site north: its ledger was seen at event 2, and its last committed release is event 1")
+        for text in uncounted(stated)
     )
-    assert not any(note.startswith("site west") for note in stated["notes"])
+    assert not any(text.startswith("site west") for text in uncounted(stated))
 
     stated = against(begun, *SITES)
+    assert uncounted(stated) == ["A round under way may have been charged at the sites, and is not in these numbers."]
     three_steps = accounting.epsilon([Release(0.5, sums["noise_multiplier"], 3)], 1e-5)
     assert [account(stated, site)["epsilon"] for site in SITES] == pytest.approx([three_steps, three_steps, one_step])
     assert stated["guarantee"]["epsilon"] == pytest.approx(three_steps)
 
     begun.play()
     stated = against(begun, *SITES)
-    assert (stated["guarantee"]["so_far"], stated["notes"]) == (False, [])
+    assert (stated["guarantee"]["so_far"], uncounted(stated), stated["notes"]) == (False, [], [])
     assert {each["verified"] for each in stated["accounts"]} == {True}
     assert [each["notes"] for each in stated["verifications"]] == [[], [], []]
     assert [each["events"] for each in stated["verifications"]] == [5, 5, 5]
@@ -284,3 +277,109 @@ def test_a_run_with_discrete_noise_is_stated_by_renyi_divergences_and_confirmed(
     assert account(stated, "north")["epsilon"] == pytest.approx(expected)
     assert any("Rényi divergences at integer orders" in line for line in stated["accountant"])
     assert not any("floating point" in line for line in stated["not_covered"])
+
+
+def test_releases_of_which_the_history_has_no_part_are_counted_from_the_ledger(begun):
+    """Each of a site's scores was charged and lost: the history knows of no account of its validation records."""
+    begun.play_losing(("north", "evaluate", 2), ("north", "evaluate", 3))
+    stated = begun.stated()
+    assert not [each for each in stated["accounts"] if (each["site"], each["part"]) == ("north", "validation")]
+    stated = against(begun, *SITES)
+    found = account(stated, "north", "validation")
+    (sums,) = found["releases"]
+    assert (sums["rounds"], sums["steps"], found["verified"], found["reported"]) == ("2-3", 2, True, None)
+    expected = accounting.epsilon([Release(1.0, sums["noise_multiplier"], 2)], 1e-5)
+    assert found["epsilon"] == pytest.approx(expected) == account(stated, "south", "validation")["epsilon"]
+    assert (found["budget"], found["delta"]) == (8.0, 1e-5)
+    assert [each["site"] for each in stated["accounts"]] == [site for site in SITES for _ in range(2)]
+    assert stated["guarantee"]["epsilon"] == max(each["epsilon"] for each in stated["accounts"])
+    assert (stated["guarantee"]["verdict"], uncounted(stated)) == ("holds", [])
+
+
+def test_an_account_that_only_the_ledger_has_can_be_the_largest_and_above_the_budget(begun):
+    begun.play_losing(("north", "evaluate", 2), ("north", "evaluate", 3))
+
+    def loud(events):
+        return [event | {"noise_multiplier": 0.2} if event["kind"] == "evaluate" else event for event in events]
+
+    begun.change("UPDATE spends SET ledger_number = 0 WHERE site = 'north'")  # so that digests are not compared
+    stated = begun.stated("--verify", rechained(begun.export("north"), loud), sound=False)
+    assert stated["guarantee"]["largest"] == ["north", "tiny.north", "validation"]
+    assert stated["guarantee"]["epsilon"] == pytest.approx(accounting.epsilon([Release(1.0, 0.2, 2)], 1e-5))
+    assert stated["verifications"][0]["faults"] == []
+    assert any("site north, validation records" in doubt and "above the run's 8" in doubt for doubt in stated["doubts"])
+
+
+def test_a_release_without_noise_that_only_the_ledger_has_is_in_doubt(begun):
+    begun.play_losing(("north", "evaluate", 2), ("north", "evaluate", 3))
+    begun.change("UPDATE spends SET ledger_number = 0 WHERE site = 'north'")  # so that digests are not compared
+    path = rechained(begun.export("north"), lambda events: [*events[:-1], events[-1] | {"noise_multiplier": 0.0}])
+    stated = begun.stated("--verify", path, sound=False)
+    assert (stated["guarantee"]["epsilon"], stated["verifications"][0]["faults"]) == ("Infinity", [])
+    assert any("site north, validation records: a sum was released without noise" in line for line in stated["doubts"])
+
+
+def test_a_site_that_was_always_late_is_counted_from_its_ledger(begun):
+    lost = [("west", "train", 1), ("west", "train", 2), ("west", "train", 3)]
+    begun.play_losing(*lost, ("west", "evaluate", 2), ("west", "evaluate", 3))
+    begun.change("UPDATE participations SET outcome = 'timeout' WHERE site = 'west'")
+    stated = begun.stated()
+    assert stated["guarantee"]["verdict"] == "holds as recorded"
+    assert {each["site"] for each in stated["uncounted"]} == {"west"}
+    stated = against(begun, *SITES)
+    assert stated["verifications"][2]["faults"] == []
+    assert stated["verifications"][2]["sites"] == ["west"]
+    assert account(stated, "west")["epsilon"] == pytest.approx(account(stated, "north")["epsilon"])
+    assert (stated["guarantee"]["verdict"], uncounted(stated)) == ("holds", [])
+
+
+def test_an_answer_of_which_the_history_has_no_request_is_a_fault_of_an_unrecorded_site_too(begun):
+    begun.play_losing(*(("west", kind, number) for kind in ("train", "evaluate") for number in (1, 2, 3)))
+    begun.change("DELETE FROM participations WHERE site = 'west' AND kind = 'evaluate'")
+    found = faults(begun, begun.export("west"))
+    assert [fault.split(" is in")[0] for fault in found] == ["round 2 (evaluate)", "round 3 (evaluate)"]
+
+
+def test_a_release_charged_to_no_part_of_the_dataset_is_a_fault(mine):
+    def elsewhere(events):
+        return [*events, events[-1] | {"round": 4, "kind": "train", "part": "none"}]
+
+    found = faults(mine, rechained(mine.export("north"), elsewhere))
+    assert "dataset 'tiny.north': round 4 (train) is charged to 'none'." in found
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda export: export["dataset"].update(delta=10**400), "delta is not a float"),
+        (lambda export: export["dataset"].update(delta=2.0), "delta is not within 0 and 1"),
+        (lambda export: export["dataset"].update(order=10**9), "order not from 2 to 16384"),
+        (lambda export: export["dataset"].update(order=1), "order not from 2 to 16384"),
+        (lambda export: export["events"][0].update(steps=10**400), "steps is not a int"),
+        (lambda export: export["events"][0].update(sampling_rate=10**400), "sampling_rate is not a float"),
+        (lambda export: export["events"][0].update(steps=2**31), "more than 2147483647 steps"),
+    ],
+)
+def test_an_export_with_numbers_that_no_ledger_holds_is_refused_in_one_line(mine, change, said):
+    path = mine.export("north")
+    export = json.loads(path.read_text())
+    change(export)
+    path.write_text(json.dumps(export))
+    with pytest.raises(DataError) as refused:
+        verify.load(path)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_export_nested_without_end_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(DataError, match="not the JSON of a ledger's export"):
+        verify.load(path)
+
+
+def test_noise_beyond_a_floats_square_bounds_nothing_and_is_no_traceback(mine):
+    found = faults(
+        mine, rechained(mine.export("north"), lambda events: [events[0] | {"noise_multiplier": 1e300}, *events[1:]])
+    )
+    assert any("the history has noise_multiplier" in fault for fault in found)
