@@ -1,9 +1,8 @@
-"""The command `moonflower ledger`: parse, read the account, print. It changes nothing but a counter, and only when asked.
+"""The command `moonflower ledger`: parse, read the account, print. It changes a counter alone, and only when asked.
 
 What reads a ledger is imported by the command that needs it, so that `--help` stays quick.
 """
 
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shared.errors import ConfigError, DataError
+from shared.errors import DataError
 
 if TYPE_CHECKING:
     from client.privacy.account import Account
@@ -96,7 +95,9 @@ def show(site: Path | None, ledger: Path | None, dataset: str | None, style: str
 @ledger.command()
 @_which
 @click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write to this file, not to standard output."
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write to this file, new or an earlier export, not to standard output.",
 )
 def export(site: Path | None, ledger: Path | None, dataset: str | None, out: Path | None) -> None:
     """Write the account as JSON, for an auditor or for `moonflower privacy statement --verify`.
@@ -105,15 +106,14 @@ def export(site: Path | None, ledger: Path | None, dataset: str | None, out: Pat
 
     Example: moonflower ledger export --site site.toml --out notes-2026.json
     """
+    from client.privacy import ledger_export
+
     with _read(site, ledger, dataset) as account:
-        values = account.export()
+        values, path = account.export(), account.path
     if out is None:
         _json(values)
         return
-    try:
-        out.write_text(_text(values), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror}.") from None
+    ledger_export.write(out, values, path)
     click.echo(
         f"{out}: {len(values['events'])} events of dataset {values['dataset']['id']}, head {values['head'][:16]}"
     )
@@ -174,7 +174,9 @@ def epsilon(site: Path | None, ledger: Path | None, dataset: str | None, style: 
 @click.option(
     "--export", "exported", type=click.Path(path_type=Path, dir_okay=False), help="Verify an exported file instead."
 )
-@click.option("--new-count", is_flag=True, help="Write a lost counter anew: your word that this is the newest ledger.")
+@click.option(
+    "--new-count", is_flag=True, help="Write a lost or damaged counter anew: your word that this is the newest ledger."
+)
 def verify(site: Path | None, ledger: Path | None, dataset: str | None, exported: Path | None, new_count: bool) -> None:
     """Verify the chain of events and the counter beside it; exit with an error at the first fault.
 
@@ -200,13 +202,11 @@ def verify(site: Path | None, ledger: Path | None, dataset: str | None, exported
 
 
 def _verify_export(file: Path) -> None:
+    from client.privacy import ledger_export
     from shared import ledger_chain
 
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        fault = ledger_chain.verify(values)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read as JSON: {' '.join(str(error).split())}.") from None
+    values = ledger_export.read(file)
+    fault = ledger_chain.verify(values)
     if fault:
         raise DataError(f"{file}: {fault.text}")
     click.echo(
@@ -237,20 +237,10 @@ def _load(site: Path) -> Any:
     return sites.load(site)
 
 
-def _text(values: Any) -> str:
-    return json.dumps(_plain(values), indent=1, allow_nan=False) + "\n"
-
-
 def _json(values: Any) -> None:
-    click.echo(_text(values), nl=False)
+    from client.privacy import ledger_export
 
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return "Infinity" if value == math.inf else value
+    click.echo(ledger_export.text(values), nl=False)
 
 
 def _minute(at: str) -> str:

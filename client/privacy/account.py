@@ -13,9 +13,9 @@ from typing import Any, Self
 
 from client.privacy import ledger_count, ledger_owner
 from client.privacy.events import PARTS, Part, Reservation, Spend, question_of, release_of
-from client.privacy.ledger_count import Count
-from client.privacy.ledger_file import connect, said_in_one_line, transaction
-from client.privacy.opening import find, refuse_a_lost_account, refuse_a_lost_file
+from client.privacy.ledger_count import BrokenCountError
+from client.privacy.ledger_file import connect, one_name, said_in_one_line, transaction
+from client.privacy.opening import find, last_events, refuse_a_lost_event, refuse_a_lost_file
 from shared import accounting, ledger_chain
 from shared.accounting import Release
 from shared.errors import ConfigError, DatabaseError, DataError, NotFoundError
@@ -29,7 +29,9 @@ class Account:
 
     Attributes
     ----------
-    dataset, account, delta, order, opened_at
+    path
+        The ledger's file, by the one name that its counter and its reservations stand beside.
+    dataset, account, delta, order
         The declared id; the account's own random name; delta and the filter's order, fixed for the dataset's life.
     number, head
         How many events were read, and the digest of the last.
@@ -61,7 +63,7 @@ class Account:
         """
         account = cls._found(path, dataset, to_write=False)
         try:
-            account._check_count()
+            refuse_a_lost_event(account.path, account._connection)
         except BaseException:
             account.close()
             raise
@@ -69,27 +71,34 @@ class Account:
 
     @classmethod
     def new_count(cls, path: Path, dataset: str) -> int:
-        """Write the account's count anew where it is missing, and return it: on the site's word that nothing else is.
+        """Write the counts anew that are missing or cannot be read, on the site's word that no event is; return this one.
+
+        One file counts all accounts of the ledger, so all that it lacks are written.
 
         Raises
         ------
         NotFoundError, DatabaseError
             As `read`.
         ConfigError
-            Where there is a count: it is never lowered.
+            Where no count is missing: one is never lowered.
         """
-        with cls._found(path, dataset, to_write=True) as account, transaction(path, account._connection):
-            if dataset in ledger_count.read(path):
+        with cls._found(path, dataset, to_write=True) as account, transaction(account.path, account._connection):
+            try:
+                counts = ledger_count.read(account.path)
+            except BrokenCountError:
+                counts = {}
+            now = last_events(account._connection)
+            if now.keys() <= counts.keys():
                 raise ConfigError(
                     f"{ledger_count.file_of(path)} counts dataset {dataset!r} already: there is nothing to write anew; "
                     "without --new-count, verify says whether the ledger agrees with it."
                 )
-            account._read_on()
-            ledger_count.write(path, dataset, Count(account.number, account.head))
-            return account.number
+            ledger_count.replace(account.path, now | counts)
+            return (now | counts)[dataset].number
 
     @classmethod
     def _found(cls, path: Path, dataset: str, *, to_write: bool) -> Self:
+        path = one_name(path)
         if not path.exists():
             refuse_a_lost_file(path)
             raise NotFoundError(f"There is no ledger {path}: a site makes it when it first joins a run.")
@@ -99,7 +108,7 @@ class Account:
                 header = find(connection, dataset)
                 known = [name for (name,) in connection.execute("SELECT id FROM datasets ORDER BY id")]
             if header is None:
-                refuse_a_lost_account(path, dataset)
+                refuse_a_lost_event(path, connection)
                 held = ", ".join(repr(name) for name in known) or "none yet"
                 raise NotFoundError(f"The ledger {path} has no account of dataset {dataset!r}; it has: {held}.")
             account = cls(path, connection, header)
@@ -190,7 +199,7 @@ class Account:
                 says = f"{error}."
             if says:
                 raise DatabaseError(
-                    f"The ledger {self.path} is broken for dataset {self.dataset!r}: {says} Nothing is sent. "
+                    f"The ledger {self.path} is broken for dataset {self.dataset!r}: {says} "
                     f"Restore the newest sound copy ({ledger_count.GUIDE})."
                 )
             spend = Spend(
@@ -205,13 +214,6 @@ class Account:
             self._spends.append(spend)
             self._events.append(event)
             self._last_row, self.number, self.head = place, spend.number, spend.row
-
-    def _check_count(self) -> None:
-        """Compare what was read with the counter."""
-        with said_in_one_line(self.path):
-            count = ledger_count.read(self.path).get(self.dataset)
-        at = self._spends[count.number - 1].row if count and 0 < count.number <= self.number else None
-        ledger_count.check(self.path, self.dataset, count, self.number, at)
 
     def _reserved(self) -> list[dict[str, Any]]:
         query = f"SELECT {', '.join(_RESERVED)}, owner FROM reservations WHERE dataset = ? ORDER BY at"  # noqa: S608 - our own names

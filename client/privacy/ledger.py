@@ -28,10 +28,10 @@ from client.privacy import ledger_count, ledger_owner, limits, opening
 from client.privacy.account import Account
 from client.privacy.events import PARTS, Part, Question, Reservation, Spend
 from client.privacy.ledger_count import Count
-from client.privacy.ledger_file import connect, said_in_one_line, transaction
+from client.privacy.ledger_file import connect, one_name, said_in_one_line, tidy, transaction
 from shared import accounting, ledger_chain
 from shared.accounting import Release
-from shared.errors import ConfigError, RetryError
+from shared.errors import ConfigError, DatabaseError, RetryError
 
 __all__ = ["PARTS", "Account", "Ledger", "Part", "Question", "Reservation", "Spend"]
 
@@ -55,9 +55,11 @@ class Ledger(Account):
         header: dict[str, Any],
         max_epsilon: float = math.inf,
         max_releases: int | None = None,
+        apart_from: Iterable[str] = (),
     ) -> None:
         super().__init__(path, connection, header)
         self.max_epsilon, self.max_releases = max_epsilon, max_releases
+        self._apart_from = frozenset(apart_from)
         self._owner: ledger_owner.Owner | None = None
         self._open: set[tuple[str, str]] = set()  # (run, request) that this ledger has reserved
 
@@ -75,8 +77,8 @@ class Ledger(Account):
     ) -> Self:
         """Open the account of `dataset` in the file, which is made (mode 0600) when it does not exist.
 
-        The whole chain is verified, the counter compared and raised, and what processes that died had reserved
-        is given back.
+        The whole chain is verified, the counter of every account in the file compared and this one's raised, and
+        what processes that died had reserved is given back.
 
         Parameters
         ----------
@@ -92,20 +94,22 @@ class Ledger(Account):
         Raises
         ------
         ConfigError
-            If delta or order differ from those that the dataset was opened with at first, the limit is
-            not above 0, or another dataset in the file has spent and is not named in `apart_from`.
+            If delta or order differ from those that the dataset was opened with at first, or the limit is
+            not above 0.
+        DataError
+            If another dataset in the file has spent and is not named in `apart_from`.
         DatabaseError
             If the file is not a ledger of this version, cannot be written, holds a broken chain, or if its
-            counter has seen more, or other, events.
+            counter has seen more, or other, events, of this dataset or another.
         """
         best = accounting.best_order(max_epsilon, delta)  # refuses bad values before a file is made
+        path = one_name(path)
         opening.refuse_a_lost_file(path)
         connection = connect(path)
         try:
             with transaction(path, connection):
                 header = opening.find(connection, dataset)
                 if header is None:
-                    opening.refuse_a_lost_account(path, dataset)
                     order = best if order is None else order
                     accounting.rdp_budget(max_epsilon, delta, order)  # refuses an order that is none
                     header = opening.new_account(connection, dataset, delta, order)
@@ -115,10 +119,10 @@ class Ledger(Account):
                         f"{dataset!r}, whose account was opened with delta={header['delta']} and order={header['order']}, "
                         "for its whole life: set those again (site.toml, [privacy] delta)."
                     )
-                opening.refuse_shared_records(connection, dataset, set(apart_from))
-                ledger = cls(path, connection, header, max_epsilon, max_releases)
+                ledger = cls(path, connection, header, max_epsilon, max_releases, apart_from)
                 ledger._read_on()
-                ledger._check_count()
+                opening.refuse_a_lost_event(path, connection)
+                opening.refuse_shared_records(connection, dataset, ledger._apart_from)
                 ledger._raise_count()
                 ledger._recover()
         except BaseException:
@@ -187,6 +191,8 @@ class Ledger(Account):
         ------
         BudgetError
             If it does not fit beside what is spent and what others have reserved.
+        DataError
+            If another dataset has spent meanwhile, and the site has not said that the two share no record.
         """
         key = (question.run, question.name)
         with transaction(self.path, self._connection):
@@ -239,6 +245,8 @@ class Ledger(Account):
         BudgetError
             If the release does not fit into what is left of `max_epsilon`: that is checked again too, so the
             limit holds even for what was never reserved. Nothing is written.
+        DataError
+            As `reserve`.
         """
         key = (question.run, question.name)
         with transaction(self.path, self._connection):
@@ -291,16 +299,31 @@ class Ledger(Account):
         """Keep `value` under (run, kind) unless something is kept there; return what is kept, durably.
 
         For what must not change after it was first used: whoever comes second, in whatever process, learns
-        what the first one kept.
+        what the first one kept. It is kept before the run's first event, or with an empty run the dataset's.
+
+        Raises
+        ------
+        DatabaseError
+            Where nothing is kept and there are such events: what was kept is lost, and another must not take its place.
         """
         with transaction(self.path, self._connection):
-            self._connection.execute(
-                "INSERT OR IGNORE INTO states VALUES (?, ?, ?, ?)", [self.dataset, run, kind, value]
-            )
-            return self.state(run, kind) or value
+            kept = self.state(run, kind)
+            if kept is None:
+                where = f"of dataset {self.dataset!r}" + (f", run {run!r}," if run else "")
+                if any(run in ("", spend.question.run) for spend in self.spends()):
+                    raise DatabaseError(
+                        f"The ledger {self.path} holds events {where} and has lost the {kind!r} that they were drawn with, "
+                        f"which is never kept anew: restore the newest sound copy ({ledger_count.GUIDE})."
+                    )
+                self._connection.execute("INSERT INTO states VALUES (?, ?, ?, ?)", [self.dataset, run, kind, value])
+            return value if kept is None else kept
 
     def _refuse_beyond_limits(self, question: Question, release: Release, allow_unbounded: bool) -> None:
-        """Refuse an answer that does not fit beside what is spent and what others have reserved; under the write lock."""
+        """Refuse what does not fit beside what is spent and reserved, or whose records may have paid in another account.
+
+        It runs under the write lock: another dataset may have spent since this ledger was opened.
+        """
+        opening.refuse_shared_records(self._connection, self.dataset, self._apart_from)
         key, what = (question.run, question.name), "This release"
         limits.refuse_beyond_budget(self, self.max_epsilon, [release], question.part, what, allow_unbounded, key)
         limits.refuse_beyond_releases(self, self.max_releases, 1, what, key)
@@ -325,6 +348,7 @@ class Ledger(Account):
             if not ledger_owner.lives(self.path, owner):
                 execute("DELETE FROM reservations WHERE owner = ?", [owner])
         ledger_owner.tidy(self.path)
+        tidy(self.path)
 
 
 def _columns(question: Question, release: Release) -> dict[str, Any]:

@@ -17,6 +17,10 @@ FORMAT, VERSION = "moonflower-ledger-count", 1
 GUIDE = "docs/guides/ledger.md, 'When a ledger does not open'"
 
 
+class BrokenCountError(DatabaseError):
+    """The counter is damaged: what it had counted is not known."""
+
+
 @dataclass(frozen=True)
 class Count:
     """An account's newest event that is known to be durable: its number, 0 before the first, and its digest."""
@@ -35,7 +39,7 @@ def read(ledger: Path) -> dict[str, Count]:
 
     Raises
     ------
-    DatabaseError
+    BrokenCountError
         Where the file is no counter.
     """
     file = file_of(ledger)
@@ -47,8 +51,9 @@ def read(ledger: Path) -> dict[str, Count]:
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DatabaseError(
-            f"{file} is not a ledger's counter ({type(error).__name__}): restore it together with its ledger. Nothing is sent."
+        raise BrokenCountError(
+            f"{file} is not a ledger's counter ({type(error).__name__}): restore it from where the ledger comes from, or, if you "
+            f"know that no event is missing, run: moonflower ledger verify --new-count ({GUIDE})."
         ) from None
 
 
@@ -73,18 +78,18 @@ def check(ledger: Path, dataset: str, count: Count | None, number: int, digest_a
         if number:
             raise DatabaseError(
                 f"The ledger {ledger} holds {number} events of dataset {dataset!r}, and its counter {file_of(ledger)} none: "
-                "whether it is the newest cannot be told. Nothing is sent. Copy the counter from where the ledger comes from, "
+                "whether it is the newest cannot be told. Copy the counter from where the ledger comes from, "
                 f"or, if you know that nothing is missing, run: moonflower ledger verify --new-count ({GUIDE})."
             )
     elif number < count.number:
         raise DatabaseError(
             f"The ledger {ledger} holds {number} events of dataset {dataset!r}, and its counter has seen {count.number}: "
-            f"it was put back from an older copy. Nothing is sent. Restore the newest copy ({GUIDE})."
+            f"it was put back from an older copy. Restore the newest copy ({GUIDE})."
         )
     elif count.number and digest_at != count.head:
         raise DatabaseError(
             f"Event {count.number} of dataset {dataset!r} in the ledger {ledger} is not the one that its counter has seen: it "
-            f"was put back from an older copy and charged since, or edited. Nothing is sent. Restore the newest copy ({GUIDE})."
+            f"was put back from an older copy and charged since, or edited. Restore the newest copy ({GUIDE})."
         )
 
 
@@ -95,20 +100,30 @@ def write(ledger: Path, dataset: str, count: Count) -> None:
     ------
     DatabaseError
         Where the count would fall.
+    OSError
+        Where the disk takes not all of it: the counter is as it was.
     """
-    file, counts = file_of(ledger), read(ledger)
+    counts = read(ledger)
     if (held := counts.get(dataset)) is not None and held.number > count.number:
-        raise DatabaseError(f"{file} has seen {held.number} events of dataset {dataset!r}, not {count.number}.")
-    counts[dataset] = count
+        raise DatabaseError(
+            f"{file_of(ledger)} has seen {held.number} events of dataset {dataset!r}, not {count.number}."
+        )
+    replace(ledger, counts | {dataset: count})
+
+
+def replace(ledger: Path, counts: dict[str, Count]) -> None:
+    """Put these counts in the place of all: `write`, where there is no counter that could be read."""
+    file = file_of(ledger)
     values = {name: {"number": each.number, "head": each.head} for name, each in sorted(counts.items())}
     text = json.dumps({"format": FORMAT, "version": VERSION, "datasets": values}, indent=1)
     draft = file.with_name(f"{file.name}.new")  # a crash's remains are overwritten: the write lock makes us alone
     descriptor = os.open(draft, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
-    try:
-        os.write(descriptor, text.encode())
+    with os.fdopen(
+        descriptor, "w", encoding="utf-8"
+    ) as stream:  # writes all of it or raises: os.write may write a part
+        stream.write(text)
+        stream.flush()
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
     draft.replace(file)
     sync_folder(file.parent)
 

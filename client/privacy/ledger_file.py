@@ -5,8 +5,10 @@ returns (write-ahead log, synchronous FULL), and what went wrong is said in one 
 """
 
 import os
+import re
 import secrets
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,8 @@ from shared.errors import DatabaseError
 
 _APPLICATION, _VERSION = 0x4D6F6F6E, 2  # "Moon"; the version of the schema below
 _BUSY_SECONDS = 30.0  # how long to wait for another process's transaction
+_DRAFT = re.compile(r"\.[0-9a-f]{16}\.new(-wal|-shm|-journal)?")  # after the ledger's name, while it is made
+_DRAFT_SECONDS = 3600.0  # a draft is made in a moment: one this old is a dead process's
 _SCHEMA = """
 CREATE TABLE datasets (
     id TEXT PRIMARY KEY,
@@ -83,6 +87,11 @@ WHEN EXISTS (SELECT 1 FROM datasets WHERE id = NEW.id) BEGIN SELECT RAISE (ABORT
 """
 
 
+def one_name(path: Path) -> Path:
+    """Return the one name of a ledger that links may give others: beside it stand its counter and reservations."""
+    return Path(os.path.realpath(path))
+
+
 def connect(path: Path, *, to_write: bool = True) -> sqlite3.Connection:
     """Open the ledger's file; the caller begins its transactions.
 
@@ -94,6 +103,8 @@ def connect(path: Path, *, to_write: bool = True) -> sqlite3.Connection:
         If it is not a ledger of this version, if only its write-ahead log is there, or if it cannot be
         opened. An empty file is refused too: a ledger that lost its content must not start anew.
     """
+    if path.is_dir():
+        raise DatabaseError(f"{path} is a folder, not a ledger: name the file in it, as in {path / 'ledger.db'}.")
     with said_in_one_line(path):
         if to_write:
             if not path.exists():
@@ -137,9 +148,18 @@ def said_in_one_line(path: Path) -> Iterator[None]:
         raise  # used from another thread, or after it was closed: a bug
     except (sqlite3.Error, OSError) as error:
         raise DatabaseError(
-            f"The ledger {path} cannot be used: {error}. Nothing is sent. See that the file is a ledger, "
+            f"The ledger {path} cannot be used: {error}. See that the file is a ledger, "
             "that it and its folder can be written, and that the disk has room."
         ) from error
+
+
+def tidy(path: Path) -> None:
+    """Remove what processes that died while they made the ledger have left."""
+    for file in path.parent.iterdir():
+        if file.name.startswith(path.name) and _DRAFT.fullmatch(file.name.removeprefix(path.name)):
+            with suppress(FileNotFoundError):  # another process is tidying too, or the draft was live and is done
+                if time.time() - file.stat().st_mtime > _DRAFT_SECONDS:
+                    file.unlink()
 
 
 def _check(path: Path, connection: sqlite3.Connection, to_write: bool) -> None:

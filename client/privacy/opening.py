@@ -10,7 +10,7 @@ from client.privacy import ledger_count
 from client.privacy.ledger_count import Count
 from client.privacy.ledger_file import said_in_one_line
 from shared import ledger_chain
-from shared.errors import ConfigError, DatabaseError
+from shared.errors import DatabaseError, DataError
 
 
 def find(connection: sqlite3.Connection, dataset: str) -> dict[str, Any] | None:
@@ -28,11 +28,18 @@ def new_account(connection: sqlite3.Connection, dataset: str, delta: float, orde
     return header
 
 
-def refuse_shared_records(connection: sqlite3.Connection, dataset: str, apart_from: set[str]) -> None:
-    """Refuse a dataset beside others that have spent, unless the site has said that they share no record."""
-    for (other,) in connection.execute("SELECT DISTINCT dataset FROM spends ORDER BY dataset").fetchall():
+def refuse_shared_records(connection: sqlite3.Connection, dataset: str, apart_from: frozenset[str]) -> None:
+    """Refuse a dataset beside others that have spent, unless the site has said that they share no record.
+
+    Raises
+    ------
+    DataError
+        It names the other dataset, which no coordinator need know of: its text stays at the site.
+    """
+    query = "SELECT id FROM datasets WHERE EXISTS (SELECT 1 FROM spends WHERE dataset = datasets.id) ORDER BY id"
+    for (other,) in connection.execute(query).fetchall():
         if other != dataset and other not in apart_from:
-            raise ConfigError(
+            raise DataError(
                 f"dataset.id={dataset!r} is another account than {other!r}, which has spent in the same ledger: if no record "
                 f"is in both, say so (site.toml, [dataset] shares_no_records_with = [{other!r}]); if one is, keep the old id."
             )
@@ -45,11 +52,40 @@ def refuse_a_lost_file(path: Path) -> None:
         if counts and not path.exists():  # in this order: a ledger is there before its counter counts
             name, count = next(iter(counts.items()))
             raise DatabaseError(
-                f"The ledger {path} is missing, and its counter has seen {count.number} events of dataset {name!r}. Nothing "
-                f"is sent. Restore the newest copy ({ledger_count.GUIDE})."
+                f"The ledger {path} is missing, and its counter has seen {count.number} events of dataset {name!r}. "
+                f"Restore the newest copy ({ledger_count.GUIDE})."
             )
 
 
-def refuse_a_lost_account(path: Path, dataset: str) -> None:
-    """Refuse to open an account anew where the counter tells of its events."""
-    ledger_count.check(path, dataset, ledger_count.read(path).get(dataset) or Count(0, ledger_chain.NO_HEAD), 0, None)
+def refuse_a_lost_event(path: Path, connection: sqlite3.Connection) -> None:
+    """Refuse a ledger that its counter contradicts, whichever account is asked for: in an older copy all are old.
+
+    A reader holds no lock. Accounts are read first, for each is counted before it is committed, then the counter, then
+    the events: what is charged meanwhile makes the ledger the newer one.
+
+    Raises
+    ------
+    DatabaseError
+        As `ledger_count.check`, for any dataset of the ledger or of its counter.
+    """
+    with said_in_one_line(path):
+        known = [name for (name,) in connection.execute("SELECT id FROM datasets").fetchall()]
+        counts = ledger_count.read(path)
+        for dataset in sorted({*counts, *known}):
+            count = counts.get(dataset)
+            (number,) = connection.execute(
+                "SELECT ifnull(max(number), 0) FROM spends WHERE dataset = ?", [dataset]
+            ).fetchone()
+            at = connection.execute(
+                "SELECT row FROM spends WHERE dataset = ? AND number = ?", [dataset, count.number if count else 0]
+            ).fetchone()
+            ledger_count.check(path, dataset, count, number, at[0] if at else None)
+
+
+def last_events(connection: sqlite3.Connection) -> dict[str, Count]:
+    """Return each account's newest event, as the file has it."""
+    query = (
+        "SELECT datasets.id, ifnull(max(number), 0), row FROM datasets LEFT JOIN spends ON dataset = datasets.id "
+        "GROUP BY datasets.id"  # where there is max(), SQLite takes the other columns from its row
+    )
+    return {name: Count(number, row or ledger_chain.NO_HEAD) for name, number, row in connection.execute(query)}

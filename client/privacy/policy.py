@@ -1,5 +1,6 @@
 """What a site allows, whatever a coordinator asks: checked here, at the site, before any work."""
 
+import logging
 import math
 from fnmatch import fnmatchcase
 from typing import Annotated
@@ -10,6 +11,7 @@ from shared.errors import PolicyError
 from shared.plan import SitePlan
 from shared.run_config import RunConfig, Section
 
+log = logging.getLogger("moonflower.site")
 SMALLEST_NORM, LARGEST_NORM = 1e-6, 1e6  # of clipping: float32 squares underflow at 1e-23, and overflow at 1e19
 
 
@@ -44,24 +46,17 @@ def check(policy: Policy, config: RunConfig, plan: SitePlan, dataset: str) -> No
     Raises
     ------
     PolicyError
-        Naming the setting, its value, the limit and where the limit stands. It rests on public values alone.
+        Naming the setting, its value, the limit and where the limit stands. It travels, so it rests on public values
+        alone: what else a list of names allows stands in the site's own log.
     """
     privacy = config.privacy
     coordinator = config.federation.coordinator
     if not _allowed(coordinator, policy.coordinators):
-        raise PolicyError(
-            f"federation.coordinator={coordinator!r} is not among the coordinators that this site works for, "
-            f"{list(policy.coordinators)} (site.toml, [privacy] coordinators)."
-        )
+        raise _unlisted("federation.coordinator", coordinator, "coordinators", policy.coordinators)
     if ".." in config.model.name or not _allowed(config.model.name, policy.models):
-        raise PolicyError(
-            f"model.name={config.model.name!r} is not among this site's models {list(policy.models)}; "
-            "name it there to allow it (site.toml, [privacy] models)."
-        )
+        raise _unlisted("model.name", config.model.name, "models", policy.models)
     if not _allowed(config.task.name, policy.tasks):
-        raise PolicyError(
-            f"task.name={config.task.name!r} is not among this site's tasks {list(policy.tasks)} (site.toml, [privacy] tasks)."
-        )
+        raise _unlisted("task.name", config.task.name, "tasks", policy.tasks)
     if not privacy.private:
         if not policy.allow_non_private:
             raise PolicyError(
@@ -92,6 +87,14 @@ def check(policy: Policy, config: RunConfig, plan: SitePlan, dataset: str) -> No
             f"the plan's noise multiplier of {lowest:.3f} is below this site's least of {policy.min_noise_multiplier:g} "
             f"for dataset {dataset!r} (site.toml, [privacy] min_noise_multiplier)."
         )
+
+
+def _unlisted(setting: str, value: str, limit: str, patterns: tuple[str, ...]) -> PolicyError:
+    """Return the refusal of a name, without the names that are allowed: they tell of others' runs and of the machine."""
+    log.warning("%s=%r is refused: [privacy] %s = %s", setting, value, limit, list(patterns))
+    return PolicyError(
+        f"{setting}={value!r} is not among this site's {limit} (site.toml, [privacy] {limit}): name it there to allow it."
+    )
 
 
 def _allowed(name: str, patterns: tuple[str, ...]) -> bool:

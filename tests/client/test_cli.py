@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from client import site as sites
 from client.cli import ledger as command
-from client.privacy import ledger_count
+from client.privacy import ledger_count, ledger_export
 from client.privacy.events import Part
 from client.privacy.ledger import Ledger, Question
 from shared import accounting, ledger_chain
@@ -97,6 +99,68 @@ def test_show_and_export_agree_and_what_is_exported_can_be_verified(own: Any, tm
     assert "event 4 was edited" in str(broken.exception)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ledger.db",
+        "ledger.db.count",
+        "ledger.db-wal",
+        "ledger.db.new",
+        "split.key",
+        "site.toml",
+        "records.jsonl",
+        "link",
+    ],
+)
+def test_an_export_is_written_over_nothing_but_an_export(own: Any, name: str) -> None:
+    sites.split_key(own)
+    folder = own.ledger.parent
+    (folder / "link").symlink_to(own.ledger)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert own.dataset.path.name == "records.jsonl"
+    result = asked("export", *of(own), "--out", str(folder / name))
+    assert isinstance(result.exception, ConfigError)
+    assert "choose another name" in str(result.exception)
+    after = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() <= {"ledger.db-wal", "ledger.db-shm"}  # SQLite's own
+    assert "6 events" in text("verify", *of(own))
+
+
+def test_an_earlier_export_is_replaced_and_stays_whole_on_a_full_disk(own: Any, tmp_path: Path) -> None:
+    out = tmp_path / "export.json"
+    text("export", *of(own), "--out", str(out))
+    before = out.read_bytes()
+    with open_for(own) as ledger:
+        charge(ledger, 3, "third", "train", ROUND)
+        values = ledger.export()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(ConfigError, match="cannot be written"):
+            ledger_export.write(out, values, own.ledger)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert out.read_bytes() == before
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".export")]
+    text("export", *of(own), "--out", str(out))
+    assert len(json.loads(out.read_text())["events"]) == 7
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"a":' * 100_000, "\xff", "[1, 2]", '"x"', "9" * 5000],
+    ids=["deep", "deeper", "no text", "a list", "a text", "a number"],
+)
+def test_an_export_that_is_none_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "export.json"
+    file.write_text(content, encoding="latin-1")
+    result = asked("verify", "--export", str(file))
+    assert isinstance(result.exception, DataError)
+    assert len(str(result.exception).splitlines()) == 1
+    assert result.exception.exit_code == 2
+
+
 def test_epsilon_is_what_an_accountant_makes_of_the_events(own: Any) -> None:
     values = json.loads(text("epsilon", *of(own), "--format", "json"))
     expected = {"train": [ROUND, ROUND], "validation": [SCORES]}
@@ -144,8 +208,11 @@ def test_every_command_refuses_a_broken_chain(own: Any, name: str) -> None:
 def test_a_lost_counter_is_written_anew_only_when_asked(own: Any) -> None:
     ledger_count.file_of(own.ledger).unlink()
     assert isinstance(asked("verify", *of(own)).exception, DatabaseError)
-    said = text("verify", *of(own), "--new-count")
-    assert "counts 6 events of dataset notes-of-clinic now" in said
+    for damaged in (False, True):
+        if damaged:
+            ledger_count.file_of(own.ledger).write_text('{"format": "moonflower')
+        said = text("verify", *of(own), "--new-count")
+        assert "counts 6 events of dataset notes-of-clinic now" in said
     assert isinstance(asked("verify", *of(own), "--new-count").exception, ConfigError)
 
 
@@ -164,6 +231,8 @@ def test_what_is_not_there_is_one_line(own: Any, tmp_path: Path) -> None:
     assert isinstance(asked("show", "--ledger", str(tmp_path / "no.db"), "--dataset", "x").exception, NotFoundError)
     assert isinstance(asked("show", "--ledger", str(own.ledger), "--dataset", "x").exception, NotFoundError)
     assert isinstance(asked("show", "--site", str(tmp_path / "no.toml")).exception, ConfigError)
+    folder = asked("show", "--ledger", str(tmp_path), "--dataset", "x").exception
+    assert "is a folder, not a ledger" in str(folder)
     assert isinstance(asked("verify", "--export", str(tmp_path / "no.json")).exception, DataError)
     assert isinstance(asked("export", *of(own), "--out", str(tmp_path / "no" / "x.json")).exception, ConfigError)
 

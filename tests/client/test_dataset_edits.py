@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from client import site
-from shared.errors import BudgetError, ConfigError, DataError, MoonflowerError
+from shared.errors import BudgetError, DataError, MoonflowerError
 
 Row = dict[str, Any]
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "ledger.md"
@@ -73,7 +73,7 @@ TABLE: dict[str, tuple[Callable[[Any], None], str | type[MoonflowerError]]] = {
     "a text or a label corrected": (correct, INHERITED),
     "the file moved or renamed": (move, INHERITED),
     "another declared size": (declare_another_size, INHERITED),
-    "a new id, without a word": (rename, ConfigError),
+    "a new id, without a word": (rename, DataError),
     "a new id, and the site's word that no record is shared": (rename_with_the_sites_word, OWN),
     "another split key, share or id column": (change_the_ids, DataError),
 }
@@ -121,7 +121,7 @@ def test_an_edit_that_could_give_a_record_two_budgets_is_refused(new_desk: Calla
         with pytest.raises(error) as refusal:
             ask(run="next")
     assert "\n" not in str(refusal.value)
-    if error is ConfigError:
+    if row == "a new id, without a word":
         assert "shares_no_records_with = ['notes-of-clinic']" in str(refusal.value)
 
 
@@ -136,7 +136,7 @@ def test_a_new_id_with_the_sites_word_has_an_account_of_its_own_and_the_old_one_
     with desk.ledger() as ledger:
         assert ledger.lifetime_epsilon("train") == spent
     declare(desk, shares_no_records_with=())  # both have spent: each needs the word
-    with pytest.raises(ConfigError, match="'notes-2027', which has spent"):
+    with pytest.raises(DataError, match="'notes-2027', which has spent"):
         desk.train(run="back")
 
 

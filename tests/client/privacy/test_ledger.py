@@ -383,7 +383,7 @@ def with_only_its_log(path: Path) -> None:
         (of_version(1), "version 1, and this Moonflower reads version 2"),
         (of_version(3), "version 3, and this Moonflower reads version 2"),
         (read_only, "readonly"),
-        (as_a_folder, "unable to open"),
+        (as_a_folder, "is a folder, not a ledger"),
         (with_only_its_log, "is missing, but not .*ledger.db-wal"),
     ],
 )

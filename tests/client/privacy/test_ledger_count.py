@@ -1,8 +1,11 @@
 """A ledger that was changed, or put back from an older copy, does not open; each says what is wrong and what to do."""
 
 import json
+import os
+import resource
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from client.privacy.account import Account
 from client.privacy.ledger import Ledger, Question
 from shared import ledger_chain
 from shared.accounting import Release
-from shared.errors import ConfigError, DatabaseError, NotFoundError
+from shared.errors import ConfigError, DatabaseError, DataError, NotFoundError
 
 ROUND = Release(0.032, 1.0, 32)
 
@@ -43,7 +46,7 @@ def refused(path: Path, dataset: str = "notes") -> str:
         Account.read(path, dataset)
     assert str(failure.value) == str(read.value)
     assert "\n" not in str(failure.value)
-    assert "Nothing is sent" in str(failure.value)
+    assert "is sent" not in str(failure.value)  # a reading command sends nothing anyway
     assert held(path) == before
     return str(failure.value)
 
@@ -235,6 +238,62 @@ def test_a_lost_counter_is_written_anew_on_the_sites_word_and_an_existing_one_ne
     charge(path, 3, 3)
 
 
+def test_a_damaged_counter_says_what_to_do_and_is_mended_on_the_sites_word_for_every_account(path: Path) -> None:
+    charge(path, 1, 2)
+    charge(path, 1, 3, "scans", ("notes",))
+    good = ledger_count.read(path)
+    count = ledger_count.file_of(path)
+    count.write_text(count.read_text()[:40])
+    said = refused(path)
+    assert "moonflower ledger verify --new-count" in said
+    assert Account.new_count(path, "notes") == 2
+    assert ledger_count.read(path) == good
+    charge(path, 4, 4, "scans", ("notes",))
+
+
+def test_a_disk_that_takes_a_part_of_the_counter_leaves_the_one_before(path: Path) -> None:
+    charge(path, 1, 2)
+    before = ledger_count.file_of(path).read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))  # os.write writes that much, and says so
+    try:
+        with pytest.raises(OSError, match="too large"):
+            ledger_count.write(path, "notes", ledger_count.Count(3, "f" * 64))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ledger_count.file_of(path).read_bytes() == before
+    charge(path, 3, 3)
+
+
+@pytest.mark.parametrize("spent_before", [0, 2])
+def test_an_older_copy_does_not_open_for_another_data_set_either(path: Path, spent_before: int) -> None:
+    opened(path).close()
+    charge(path, 1, spent_before)
+    older = copy(path, "backup.db")
+    charge(path, spent_before + 1, 3)
+    put_back(path, older)
+    for _ in range(2):
+        said = refused(path, "scans")
+        assert f"holds {spent_before} events of dataset 'notes', and its counter has seen 3" in said
+    with pytest.raises(DatabaseError):
+        opened(path, "scans", ("notes",))  # nor with the site's word
+
+
+def test_a_reader_takes_a_charge_between_its_two_readings_for_no_loss(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charge(path, 1, 1)
+    read = ledger_count.read
+
+    def late(ledger: Path) -> dict[str, ledger_count.Count]:
+        monkeypatch.undo()
+        charge(path, 2, 2)
+        return read(ledger)
+
+    monkeypatch.setattr(ledger_count, "read", late)
+    Account.read(path, "notes").close()
+
+
 def test_a_fresh_account_needs_no_counter(path: Path) -> None:
     opened(path).close()
     ledger_count.file_of(path).unlink()
@@ -258,3 +317,73 @@ def test_what_is_not_there_is_said_and_not_made(path: Path) -> None:
     charge(path, 1, 1)
     with pytest.raises(NotFoundError, match="no account of dataset 'scans'; it has: 'notes'"):
         Account.read(path, "scans")
+
+
+def test_a_folder_is_said_to_be_one(tmp_path: Path) -> None:
+    for open_it in (lambda: Account.read(tmp_path, "notes"), lambda: opened(tmp_path)):
+        with pytest.raises(DatabaseError, match=r"is a folder, not a ledger: name the file in it"):
+            open_it()
+
+
+# -- what else stands beside and within the ledger --------------------------------------------------------------
+
+
+def test_a_ledger_has_one_counter_and_one_set_of_reservations_by_whatever_link_it_is_reached(path: Path) -> None:
+    charge(path, 1, 1)
+    link = path.parent.parent / "other" / "ledger.db"
+    link.parent.mkdir()
+    link.symlink_to(path)
+    held = Question("run", "run/2/train", "d", 2, "train", "train")
+    with opened(path) as ledger, ledger.reserve(held, ROUND):
+        with opened(link) as other:
+            assert [each.alive for each in other.reservations()] == [True]
+        assert [each.alive for each in ledger.reservations()] == [True]
+    charge(link, 2, 2)
+    assert list(link.parent.iterdir()) == [link]
+    assert ledger_count.read(path)["notes"].number == 2
+    with Account.read(link, "notes") as account:
+        assert account.path == path
+
+
+def test_a_data_set_that_spends_meanwhile_stops_another_without_the_sites_word(path: Path) -> None:
+    first, second = (Question("run", f"run/{number}/train", "d", number, "train", "train") for number in (1, 2))
+    with opened(path) as notes, opened(path, "scans") as scans, opened(path, "x-rays", ("notes",)) as apart:
+        with scans.reserve(first, ROUND):  # nobody has spent yet
+            notes.charge(first, ROUND, lambda *_: b"reply")
+            with pytest.raises(DataError, match="is another account than 'notes', which has spent"):
+                scans.charge(first, ROUND, lambda *_: b"reply")
+        with pytest.raises(DataError, match="is another account than 'notes'"), scans.reserve(second, ROUND):
+            pytest.fail("it was computed")
+        assert scans.spends() == []
+        with apart.reserve(first, ROUND):
+            apart.charge(first, ROUND, lambda *_: b"reply")
+    with Account.read(path, "notes") as account:
+        assert account.number == 1
+
+
+@pytest.mark.parametrize(("run", "kind"), [("", "split"), ("run", "plan")])
+def test_what_the_events_were_drawn_with_is_not_kept_anew_once_it_is_lost(path: Path, run: str, kind: str) -> None:
+    with opened(path) as ledger:
+        assert ledger.pin(run, kind, b"first") == b"first"
+    charge(path, 1, 1)
+    with opened(path) as ledger:
+        assert ledger.pin(run, kind, b"second") == b"first"
+        assert ledger.pin("next", "plan", b"another run's") == b"another run's"
+    tamper(path, "DELETE FROM states")
+    with opened(path) as ledger:
+        with pytest.raises(DatabaseError, match=f"has lost the '{kind}' that they were drawn with"):
+            ledger.pin(run, kind, b"second")
+        assert ledger.state(run, kind) is None
+
+
+def test_what_a_dead_maker_of_the_ledger_left_is_removed_and_a_live_ones_is_not(path: Path) -> None:
+    opened(path).close()
+    dead, live, other = (
+        path.with_name(f"ledger.db.{name}") for name in ("0a" * 8 + ".new", "0b" * 8 + ".new", "my.new")
+    )
+    for file in (dead, Path(f"{dead}-wal"), live, other):
+        file.touch()
+        if file != live:
+            os.utime(file, (time.time() - 7200,) * 2)
+    opened(path).close()
+    assert (dead.exists(), Path(f"{dead}-wal").exists(), live.exists(), other.exists()) == (False, False, True, True)
