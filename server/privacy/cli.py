@@ -107,13 +107,13 @@ def statement(run_id: str, ledgers: tuple[Path, ...], style: str, out: Path | No
     """
     from server.cli import find_run
     from server.history.store import History
+    from server.privacy import export, statement_page, verify
     from server.privacy import statement as stating
-    from server.privacy import statement_page, verify
     from server.report import output
 
     if out is not None:
         output.check(out)  # before any work
-    exports = [verify.load(path) for path in ledgers]
+    exports = [export.load(path) for path in ledgers]
     with History.open(database, create=False) as history:
         recorded = stating.read(history, find_run(history, run_id))
     made = stating.make(recorded, now=datetime.now(UTC))

@@ -7,57 +7,17 @@ less.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
+from server import mechanisms
 from server.history.records import Kind, Part, Spend
-from server.mechanisms import epsilon, release
+from server.privacy.export import Event, Export, lifetime, release
 from server.privacy.records import KINDS, PARTS, Account, Place, Recorded, Statement, Sums, Verification, ranges
 from server.privacy.statement import agree, by_place, differences, noiseless, overspent, planned
-from shared import accounting, ledger_chain
-from shared.errors import ConfigError, DataError
-from shared.messages import LARGEST
+from shared.errors import DataError
 
-Event = Mapping[str, Any]
 Key = tuple[int, Kind]  # round, kind
-
-
-@dataclass(frozen=True)
-class Export:
-    """A ledger's export as it was read: `fault` says what is wrong with its chain."""
-
-    source: str
-    dataset: str
-    account: str
-    delta: float
-    order: int
-    events: Sequence[Event]
-    fault: str | None
-
-
-def load(path: Path) -> Export:
-    """Read an export, and verify its chain.
-
-    Raises
-    ------
-    DataError
-        Where the file cannot be read or is no export at all.
-    """
-    try:
-        values = ledger_chain.parse(path.read_bytes())
-        fault = ledger_chain.verify(values)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "it is not the JSON of a ledger's export"
-        raise DataError(f"--verify {path}: {reason}; write it with `moonflower ledger export` at the site.") from None
-    if fault is not None and fault.kind == "malformed":
-        raise DataError(f"--verify {path}: {fault.text}")
-    header = values["dataset"]
-    if any(event["steps"] > LARGEST for event in values["events"]):  # composing them could take any time
-        raise DataError(f"--verify {path}: an event has more than {LARGEST} steps, which no site releases.")
-    known = (header["id"], header["account"], float(header["delta"]), int(header["order"]))
-    return Export(str(path), *known, values["events"], None if fault is None else fault.text)
 
 
 def verify(statement: Statement, recorded: Recorded, exports: Sequence[Export]) -> Statement:
@@ -145,7 +105,7 @@ class _Comparison:
             sites=tuple(self.sites),
             events=len(export.events),
             of_this_run=len(self.events),
-            lifetime_epsilon=_lifetime(export),
+            lifetime_epsilon=lifetime(export),
             order=export.order,
             delta=export.delta,
             faults=tuple(self.faults),
@@ -280,20 +240,5 @@ def _pairs(spend: Spend, event: Event) -> list[tuple[str, object, object]]:
     return pairs
 
 
-def _made(event: Event) -> tuple[str, float, float, int]:
-    return event["mechanism"], event["sampling_rate"], event["noise_multiplier"], event["steps"]
-
-
 def _epsilon(events: Sequence[Event], delta: float) -> float:
-    return epsilon(map(_made, events), delta)
-
-
-def _lifetime(export: Export) -> float:
-    prices: dict[str, list[float]] = {part: [0.0] for part in PARTS.values()}
-    try:
-        for event in export.events:
-            prices[event["part"]].append(accounting.rdp(release(*_made(event)), export.order))
-    except (ConfigError, KeyError, OverflowError):
-        return math.inf
-    largest = max(math.fsum(part) for part in prices.values())
-    return accounting.rdp_to_epsilon(largest, export.order, export.delta)
+    return mechanisms.epsilon(map(release, events), delta)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from server.privacy import verify
+from server.privacy.export import load
 from shared import accounting, ledger_chain
 from shared.accounting import Release
 from shared.errors import DataError
@@ -255,7 +255,7 @@ with History.open({begun.url!r}) as history:
 
 
 def test_an_export_is_read_without_a_network_a_site_or_a_database(played):
-    export = verify.load(played.export("north"))
+    export = load(played.export("north"))
     assert (export.dataset, len(export.events), export.fault) == ("tiny.north", 5, None)
 
 
@@ -366,7 +366,7 @@ def test_an_export_with_numbers_that_no_ledger_holds_is_refused_in_one_line(mine
     change(export)
     path.write_text(json.dumps(export))
     with pytest.raises(DataError) as refused:
-        verify.load(path)
+        load(path)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -375,7 +375,7 @@ def test_an_export_nested_without_end_is_refused_in_one_line(tmp_path):
     path = tmp_path / "deep.json"
     path.write_text("[" * 200_000)
     with pytest.raises(DataError, match="not the JSON of a ledger's export"):
-        verify.load(path)
+        load(path)
 
 
 def test_noise_beyond_a_floats_square_bounds_nothing_and_is_no_traceback(mine):
