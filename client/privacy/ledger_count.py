@@ -118,9 +118,7 @@ def replace(ledger: Path, counts: dict[str, Count]) -> None:
     text = json.dumps({"format": FORMAT, "version": VERSION, "datasets": values}, indent=1)
     draft = file.with_name(f"{file.name}.new")  # a crash's remains are overwritten: the write lock makes us alone
     descriptor = os.open(draft, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
-    with os.fdopen(
-        descriptor, "w", encoding="utf-8"
-    ) as stream:  # writes all of it or raises: os.write may write a part
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:  # takes all or raises; os.write may take a part
         stream.write(text)
         stream.flush()
         os.fsync(descriptor)
