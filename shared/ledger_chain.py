@@ -168,7 +168,7 @@ def _typed(values: Values, fields: dict[str, type], what: str) -> dict[str, Any]
             if type(value) is not str or not value.isprintable():  # it is shown to a person
                 raise DataError(f"{what}'s {name} is not a line of text")
         elif type(value) not in (int, float) or not abs(value) <= _LARGEST[kind] or kind(value) != value:
-            raise DataError(f"{what}'s {name} is not a {'whole ' if kind is int else ''}number")
+            raise DataError(f"{what}'s {name} is not a {kind.__name__}")
         typed[name] = kind(value)
     return typed
 
