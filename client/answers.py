@@ -25,7 +25,7 @@ from client.site import Site, reread, split_key
 from shared import messages, models, plan
 from shared.accounting import Release, epsilon
 from shared.arrays import Arrays, same_shapes
-from shared.errors import ConfigError, DataError, RefusedError
+from shared.errors import ConfigError, DataError, EngineError, RefusedError
 from shared.messages import (
     EvaluateReply,
     EvaluateRequest,
@@ -41,6 +41,7 @@ from shared.run_config import RunConfig, explain
 
 Randomness = Callable[[str], Keystream]  # request id -> the source of its sampling and noise
 
+LARGEST_VALUE = 1e4  # of a trained array: pretrained weights are far below, and rounding grows with them
 RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # what a run may be called: it goes into logs and ledger
 
 Request = JoinRequest | TrainRequest | EvaluateRequest
@@ -207,7 +208,7 @@ def _release(
             }
             reply: Callable[..., Reply]
             if isinstance(request, TrainRequest):
-                done = training.train(resident, site, config, planned, request, randomness(name))
+                done = _trained_once(resident, site, config, planned, request, ledger, randomness(name))
                 said |= {"mechanism": done.mechanism, "noise_source": done.noise_source}
                 reply = partial(
                     TrainReply,
@@ -234,6 +235,26 @@ def _release(
                 allow_unbounded=unbounded,
             )
     return messages.from_bytes(kept, reply_kind)
+
+
+def _trained_once(
+    resident: Resident,
+    site: Site,
+    config: RunConfig,
+    planned: SitePlan,
+    request: TrainRequest,
+    ledger: Ledger,
+    randomness: Keystream,
+) -> training.Trained:
+    """Train, unless the engine failed on this request before: drawn anew, each failure would tell a little for nothing."""
+    closed = f"closed {request.round}"
+    if ledger.state(request.run, closed) is not None:
+        raise EngineError(f"round {request.round} of run {request.run!r} failed on drawn records before.")
+    try:
+        return training.train(resident, site, config, planned, request, randomness)
+    except EngineError:
+        ledger.pin(request.run, closed, b"failed")
+        raise
 
 
 def _still_allowed(site: Site, config: RunConfig, planned: SitePlan, ledger: Ledger) -> bool:
@@ -273,5 +294,7 @@ def _planned_release(config: RunConfig, planned: SitePlan, request: TrainRequest
 def _check_shapes(model: LoadedModel, received: Arrays) -> None:
     if not same_shapes(received, model.arrays()):
         raise RefusedError("the request's arrays are not the ones that this model exchanges.")
-    if not all(np.isfinite(array).all() for array in received.values()):
-        raise RefusedError("the request's arrays are not finite.")
+    if not all(np.abs(array).max(initial=0.0) <= LARGEST_VALUE for array in received.values()):  # NaN is not, either
+        raise RefusedError(
+            f"the request's arrays are not finite, or beyond {LARGEST_VALUE:g}: under such arrays gradients are mostly rounding."
+        )

@@ -34,14 +34,17 @@ def examples(model: LoadedModel, lengths: Sequence[int] = LENGTHS) -> Examples:
 
 
 @torch.no_grad()
-def features(model: LoadedModel) -> tuple[Tensor, Tensor]:
+def features(model: LoadedModel, widest: int | None = None) -> tuple[Tensor, Tensor]:
     """Return the encoder's features (N, hidden_size) of records side by side, and of each alone, unpadded.
 
-    They are those of one batch, drawn by lot.
+    They are those of one short batch, drawn by lot; or of two records as long as `widest` allows.
     """
-    batches = [batch for batch in TOGETHER if len(batch[0]) > 1]
-    group, width = batches[int(Keystream.from_system().uniform(1)[0] * len(batches))]
-    lengths = [LENGTHS[number] for number in group]
+    if widest is None:
+        batches = [batch for batch in TOGETHER if len(batch[0]) > 1]
+        group, width = batches[int(Keystream.from_system().uniform(1)[0] * len(batches))]
+        lengths = [LENGTHS[number] for number in group]
+    else:
+        lengths, width = [widest, widest - 5], widest
     texts, device = _texts(model, lengths), model.module.head.weight.device
 
     def of(numbers: Sequence[int], width: int) -> Tensor:

@@ -21,7 +21,7 @@ from shared.models import HEAD, LoadedModel
 from shared.plan import Part
 from shared.run_config import Gradients as Mode
 from shared.run_config import RunConfig
-from shared.tasks.text_classification import Examples
+from shared.tasks.text_classification import Examples, widest
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Resident:
     _model: tuple[str, LoadedModel] | None = None
     _parts: dict[str, Parts] = field(default_factory=dict)
     _features: FeatureCache = field(default_factory=FeatureCache)
+    _long: set[Part] = field(default_factory=set)  # parts whose features were probed at a text's full length
     probed: dict[str, Mode] = field(default_factory=dict)  # kinds of release that the probe has found right in full
 
     def __reduce__(self) -> tuple[Callable[[], "Resident"], tuple[()]]:
@@ -48,6 +49,7 @@ class Resident:
             self._model = (key, loaded)
             self._parts.clear()
             self.probed.clear()
+            self._long.clear()
             self._features = FeatureCache()
         return self._model[1]
 
@@ -79,7 +81,11 @@ class Resident:
         model = self.model(config, site.device)
 
         def probed() -> Tensor:
-            probe.check_features(*made_up.features(model))
+            with probe.stateless(model.module):
+                probe.check_features(*made_up.features(model))
+            if part not in self._long:
+                probe.check_features(*made_up.features(model, widest(config.task)))
+                self._long.add(part)
             return features(model.module, examples, config.hardware)
 
         encoder = arrays.digest({name: array for name, array in trained.items() if not name.startswith(HEAD)})

@@ -29,7 +29,7 @@ from shared.models import HEAD, LoadedModel, autocast
 from shared.plan import SitePlan
 from shared.run_config import Gradients as Mode
 from shared.run_config import RunConfig
-from shared.tasks.text_classification import BUCKET, Examples, batches, collate
+from shared.tasks.text_classification import Examples, batches, collate, widest
 
 log = logging.getLogger("moonflower.site")
 
@@ -69,18 +69,19 @@ class EncoderPass:
 
         All batches of `client.made_up` and one as wide as a text can be, or a short one, drawn by lot.
         """
-        batches = [([made_up.LENGTHS[number] for number in group], width) for group, width in made_up.TOGETHER]
+        chosen = [([made_up.LENGTHS[number] for number in group], width) for group, width in made_up.TOGETHER]
         if only_one_batch:  # of several records: one alone shows nothing of what couples them
-            batches = [batch for batch in batches if len(batch[0]) > 1]
-            batches = [batches[int(Keystream.from_system().uniform(1)[0] * len(batches))]]
+            chosen = [batch for batch in chosen if len(batch[0]) > 1]
+            chosen = [chosen[int(Keystream.from_system().uniform(1)[0] * len(chosen))]]
         else:
-            widest = -(-self._config.task.max_length // BUCKET) * BUCKET
-            batches.append(([widest, widest - 5], widest))
-        lengths = [length for each, _ in batches for length in each]
-        examples = made_up.examples(self._model, lengths)
+            longest = widest(self._config.task)
+            chosen.append(([longest, longest - 5], longest))
+        lengths = [length for each, _ in chosen for length in each]
+        with probe.stateless(self.module):
+            examples = made_up.examples(self._model, lengths)
         together: list[tuple[Sequence[int], Objective]] = []
         first = 0
-        for each, width in batches:
+        for each, width in chosen:
             numbers = range(first, first := first + len(each))
             together.append((numbers, self._objective(examples, numbers, width, "float32")))
         alone = [self._objective(examples, (number,), length, "float32") for number, length in enumerate(lengths)]
@@ -170,8 +171,9 @@ def train(
     )
     velocity = {parameter: torch.zeros_like(value) for parameter, value in parameters.items()}
     with Gradients(objective.module, parameters, config.hardware.gradients) as gradients:
-        _probe(resident, objective, gradients, f"{trained} {config.hardware!r}")
-        whole = isinstance(noisy, Discrete) or gradients.method == "hooks"
+        rounded = isinstance(noisy, Discrete)
+        _probe(resident, objective, gradients, f"{trained} {config.hardware!r} {rounded}", whole=rounded)
+        whole = rounded or gradients.method == "hooks"
         dropped = 0
         for _ in range(steps.steps_per_round):
             total = (
@@ -211,7 +213,9 @@ def _add(total: ClippedSum | RoundedSum, batch: Objective) -> None:
         raise EngineError(f"the engine failed on drawn records, after the probe had passed: {error}") from error
 
 
-def _probe(resident: Resident, objective: EncoderPass | HeadPass, gradients: Gradients, key: str) -> None:
+def _probe(
+    resident: Resident, objective: EncoderPass | HeadPass, gradients: Gradients, key: str, *, whole: bool
+) -> None:
     """Probe in full at a process's first release of its kind; after that, one batch in float32, and in full on any doubt.
 
     Raises
@@ -222,7 +226,7 @@ def _probe(resident: Resident, objective: EncoderPass | HeadPass, gradients: Gra
     known = resident.probed.get(key)
     if known in gradients.methods:
         gradients.use(known)
-        if probe.agrees(gradients, *objective.made_up(only_one_batch=True)):
+        if probe.agrees(gradients, *objective.made_up(only_one_batch=True), whole=whole):
             return
-    probe.check(objective.module, gradients, *objective.made_up())
+    probe.check(objective.module, gradients, *objective.made_up(), whole=whole)
     resident.probed[key] = gradients.method

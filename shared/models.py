@@ -27,7 +27,7 @@ from shared.arrays import Arrays, digest
 from shared.arrays import read as read_arrays
 from shared.errors import ModelError
 from shared.run_config import Model, RunConfig
-from shared.tasks.text_classification import BUCKET
+from shared.tasks.text_classification import BUCKET, widest
 
 HEAD = "head."
 SHORT = 512  # tokens up to which plain attention is quicker on a CPU than torch's fused one, backwards by half
@@ -132,13 +132,13 @@ def _check_inputs(module: TextClassifier, tokenizer: PreTrainedTokenizerBase, co
             f"model.name={config.model.name!r} has {embeddings.num_embeddings} embeddings and its tokenizer gives token "
             f"{highest}; use a model whose tokenizer belongs to it."
         )
-    widest = -(-config.task.max_length // BUCKET) * BUCKET
-    ids = torch.zeros((1, widest), dtype=torch.long)
+    width = widest(config.task)
+    ids = torch.zeros((1, width), dtype=torch.long)
     try:
         module.features(ids, torch.ones_like(ids))
     except (IndexError, RuntimeError, ValueError):
         raise ModelError(
-            f"task.max_length={config.task.max_length}, padded to {widest} tokens, is more than {config.model.name} takes; "
+            f"task.max_length={config.task.max_length}, padded to {width} tokens, is more than {config.model.name} takes; "
             f"lower task.max_length, to a multiple of {BUCKET}."
         ) from None
 

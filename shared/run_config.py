@@ -213,6 +213,15 @@ class RunConfig(Section):
     hardware: Hardware = Hardware()
 
     @model_validator(mode="after")
+    def _discrete_noise_has_gradients_of_records(self) -> Self:
+        if self.privacy.noise == "discrete" and self.hardware.gradients == "ghost":
+            raise ValueError(
+                "privacy.noise='discrete' rounds the gradients of single records, which hardware.gradients='ghost' does "
+                "not have; set it to 'auto'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _training_trains(self) -> Self:
         if self.rounds < 1:
             raise ValueError("no phase has a round, which leaves nothing to do; set training.rounds")

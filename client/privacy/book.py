@@ -18,6 +18,8 @@ from torch import Tensor
 # Of the sum of |g_s . g_t| |a_s . a_t| over positions: a Gram norm's rounding, added to it, so that terms that cancel
 # can make a record count for less, and never for more.
 MARGIN = 8.0
+# Squares below this may be rounded to few digits, or to zero, in a Gram matrix: a length of 1e-14 in float32.
+FAINT = {torch.float32: 1e-28, torch.float64: 1e-280}
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,16 @@ class Outer:
             return self.product().square_().sum((1, 2))
         left, right = wide(self.left), wide(self.right)
         lefts, rights = torch.bmm(left, left.transpose(1, 2)), torch.bmm(right, right.transpose(1, 2))
-        lengths = (lefts.diagonal(dim1=1, dim2=2) * rights.diagonal(dim1=1, dim2=2)).clamp_min_(0).sqrt_()
+        faint = FAINT[left.dtype]
+        squares = [gram.diagonal(dim1=1, dim2=2).clamp_min(0) for gram in (lefts, rights)]
+        lengths = squares[0].sqrt() * squares[1].sqrt()
         margin = MARGIN * torch.finfo(left.dtype).eps * lengths.sum(1).square_()
-        return lefts.mul_(rights).sum((1, 2)).clamp_min_(0) + margin
+        # Positions whose squares are lost below the smallest numbers: at most this much of the gradient's norm.
+        lost = (squares[0] < faint) | (squares[1] < faint)
+        most = squares[0].clamp_min(faint).sqrt() * squares[1].clamp_min(faint).sqrt()
+        unseen = torch.where(lost, most, 0.0).sum(1)
+        seen = lefts.mul_(rights).sum((1, 2)).clamp_min_(0) + margin
+        return (seen.sqrt_() + unseen).square_()
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ class Entry:
 
     shape: torch.Size
     records: int
+    device: torch.device
     outers: list[Outer] = field(default_factory=list)
     rows: list[Rows] = field(default_factory=list)
     whole: Tensor | None = None  # (B, *shape)
@@ -112,7 +122,7 @@ class Entry:
         outer, rows = self.factors()
         total = self.whole
         if total is None:
-            kind = wide((outer.left if outer else rows.values if rows else torch.zeros(())).new_zeros(0))
+            kind = wide(outer.left if outer else rows.values if rows else torch.zeros((), device=self.device))
             total = kind.new_zeros((self.records, *self.shape))
         if outer is not None:
             total = total + outer.product().reshape(total.shape)
@@ -132,16 +142,17 @@ class Entry:
                 .square()
                 .sum(1)
             )
-        total = torch.zeros(self.records) if outer is None else outer.squared_norms()
+        total = torch.zeros(self.records, device=self.device) if outer is None else outer.squared_norms()
         if rows is not None:
             records, _, sums = rows.gathered(self.shape[0])
             norms = sums.new_zeros(self.records).index_add_(0, records, sums.square().sum(1))
-            total = total.to(norms.device) + norms
+            total = total + norms
         if outer is not None and rows is not None:  # a tied weight: the two uses meet in the rows that both touch
             left, right, values = wide(outer.left), wide(outer.right), wide(rows.values)
             met = left.gather(2, rows.ids.unsqueeze(1).expand(-1, left.shape[1], -1))
             cross = met * torch.bmm(right, values.transpose(1, 2))
             margin = MARGIN * torch.finfo(left.dtype).eps * cross.abs().sum((1, 2))
+            margin = margin + 2 * FAINT[left.dtype] * met.abs().sum((1, 2))  # products that are lost below it
             total = (total + 2 * cross.sum((1, 2))).clamp_min_(0) + margin
         return total
 

@@ -128,14 +128,18 @@ class Gradients:
         self._detach()
         self.method = method
 
-    def add(self, objective: Objective, clipping: Clipping, sums: dict[str, Tensor]) -> Tensor:
+    def add(self, objective: Objective, clipping: Clipping, sums: dict[str, Tensor], *, whole: bool = False) -> Tensor:
         """Add the records' clipped gradients to `sums` in place; return their norms (B,) before clipping.
+
+        `whole` goes by the gradients of single records, as sums of whole numbers do.
 
         Raises
         ------
         SensitivityError
             Where some parameter has no gradient for each record by this method.
         """
+        if whole:
+            return _add_samples(self.per_record(objective), self.parameters, clipping, sums)
         with self._without_gradients():
             return self._attach().add(objective, clipping, sums)
 
@@ -208,13 +212,14 @@ class Booked:
 
     def _book(self, objective: Objective) -> dict[str, Any]:
         one = OnePass(self._parameters, objective.inputs, objective.records)
-        with one:
-            losses = objective.run()
-            if not losses.requires_grad:
-                raise SensitivityError("the losses depend on no trained parameter.")
-            one.backward(losses.sum())
-        with torch.no_grad():
-            return one.entries()
+        with _said_as_refusal("the one-pass engine"):
+            with one:
+                losses = objective.run()
+                if not losses.requires_grad:
+                    raise SensitivityError("the losses depend on no trained parameter.")
+                one.backward(losses.sum())
+            with torch.no_grad():
+                return one.entries()
 
 
 class Opacus:
@@ -253,22 +258,8 @@ class Opacus:
     def _watching(self, records: int) -> Iterator[None]:
         self._records, self._calls = records, {}
         try:
-            yield
-        except (SensitivityError, torch.OutOfMemoryError):
-            raise
-        except (
-            RuntimeError,
-            ValueError,
-            AttributeError,
-            TypeError,
-            NotImplementedError,
-            IndexError,
-            KeyError,
-        ) as error:
-            said = str(error).strip().splitlines()
-            raise SensitivityError(
-                f"Opacus cannot give this model's per-record gradients ({type(error).__name__}: {said[0] if said else ''})."
-            ) from error
+            with _said_as_refusal("Opacus"):
+                yield
         finally:
             self._records = 0
 
@@ -305,16 +296,7 @@ class Hooked(Opacus):
 
     def add(self, objective: Objective, clipping: Clipping, sums: dict[str, Tensor]) -> Tensor:
         """Add the clipped gradients; see `Gradients.add`."""
-        samples = self.per_record(objective)
-        norms = _norms(samples)
-        factors, finite = clipping.factors(norms), torch.isfinite(norms)
-        for name, sample in samples.items():
-            kept = (
-                sample if bool(finite.all()) else torch.where(finite.view(-1, *[1] * (sample.dim() - 1)), sample, 0.0)
-            )
-            total = _sum_of(name, self._parameters, sums)
-            total += torch.tensordot(factors, kept, dims=1).to(total.dtype)
-        return norms
+        return _add_samples(self.per_record(objective), self._parameters, clipping, sums)
 
     def per_record(self, objective: Objective) -> dict[str, Tensor]:
         """Return the gradients whole; see `Gradients.per_record`."""
@@ -377,15 +359,15 @@ class ClippedSum:
     Errors name layers and parameters and never a number of records: how many were drawn is private.
     """
 
-    def __init__(self, gradients: Gradients, clipping: Clipping) -> None:
-        self.clipping = clipping
+    def __init__(self, gradients: Gradients, clipping: Clipping, *, whole: bool = False) -> None:
+        self.clipping, self._whole = clipping, whole
         self.dropped = 0  # records whose gradient was not finite: counted here, and never sent
         self._gradients = gradients
         self._sums: dict[str, Tensor] = {}  # made when there is something to add: a backward pass has freed memory then
 
     def add(self, objective: Objective) -> Tensor:
         """Add the clipped gradients of a batch; return the norm (B,) that each record contributed, for the probe."""
-        norms = self._gradients.add(objective, self.clipping, self._sums)
+        norms = self._gradients.add(objective, self.clipping, self._sums, whole=self._whole)
         finite = torch.isfinite(norms)
         self.dropped += objective.records - int(finite.sum())
         return torch.where(finite, norms, 0.0) * self.clipping.factors(norms)
@@ -399,8 +381,8 @@ class ClippedSum:
 class RoundedSum:
     """The same for discrete noise: every record's clipped gradient is rounded to a grid, and whole numbers are summed.
 
-    Sums of whole numbers are exact, so that neither the order of records nor who shares a micro-batch can show in
-    them. Each record's gradient is made whole for it, which takes memory.
+    Sums of whole numbers are exact in any order. Each record's gradient is made whole for it, which takes memory; it is
+    computed in floating point beside its neighbours', whose number a processor's rounding may show in a last step.
     """
 
     def __init__(self, gradients: Gradients, clipping: Clipping, grid: Grid) -> None:
@@ -431,11 +413,38 @@ def _sum_of(name: str, parameters: dict[str, nn.Parameter], sums: dict[str, Tens
     return sums[name]
 
 
+def _add_samples(
+    samples: dict[str, Tensor], parameters: dict[str, nn.Parameter], clipping: Clipping, sums: dict[str, Tensor]
+) -> Tensor:
+    """Clip gradients of single records (B, *shape) and add them to `sums`; return their norms (B,) before clipping."""
+    norms = _norms(samples)
+    factors, finite = clipping.factors(norms), torch.isfinite(norms)
+    for name, sample in samples.items():
+        kept = sample if bool(finite.all()) else torch.where(finite.view(-1, *[1] * (sample.dim() - 1)), sample, 0.0)
+        total = _sum_of(name, parameters, sums)
+        total += torch.tensordot(factors, kept, dims=1).to(total.dtype)
+    return norms
+
+
 def _norms(samples: dict[str, Tensor]) -> Tensor:
     """Return the norm (B,) of each record's gradient over all parameters."""
     each = [torch.linalg.vector_norm(sample.reshape(len(sample), -1), dim=1) for sample in samples.values()]
     norms: Tensor = torch.linalg.vector_norm(torch.stack(each), dim=0)
     return norms
+
+
+@contextmanager
+def _said_as_refusal(who: str) -> Iterator[None]:
+    """Raise what a model and a method make of each other as a refusal of one line; memory's end is no such thing."""
+    try:
+        yield
+    except (SensitivityError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, AttributeError, TypeError, NotImplementedError, LookupError) as error:
+        said = str(error).strip().splitlines()
+        raise SensitivityError(
+            f"{who} cannot give this model's per-record gradients ({type(error).__name__}: {said[0] if said else ''})."
+        ) from error
 
 
 def _padding_rows(module: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, int]:

@@ -160,7 +160,7 @@ class OnePass(TorchFunctionMode):
         """Return the book of a parameter, or of a tensor computed from parameters."""
         kept = self._entries.get(id(tensor))
         if kept is None:
-            kept = self._entries[id(tensor)] = (tensor, Entry(tensor.shape, self.records))
+            kept = self._entries[id(tensor)] = (tensor, Entry(tensor.shape, self.records, tensor.device))
         return kept[1]
 
     def note(self, tensor: Tensor) -> None:

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from shared.run_config import Task
+
 BUCKET = 16  # tokens
 NO_TOKENS = (0,)  # a text that gives no token still is one record, of one row
+
+
+def widest(task: Task) -> int:
+    """Length that the longest text of a task is padded to."""
+    return -(-task.max_length // BUCKET) * BUCKET
 
 
 @dataclass(frozen=True)

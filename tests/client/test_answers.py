@@ -413,17 +413,24 @@ def test_labels_cannot_be_found_out_by_trying_them(new_desk: Desks, new_rows: Ca
     assert sum("JoinReply" in text for text in said) == 4
 
 
-def test_arrays_under_which_some_records_overflow_are_answered_like_any_other(new_desk: Desks) -> None:
+@pytest.mark.parametrize("size", [1.1e4, 3e38, np.nan])
+def test_arrays_beyond_reason_are_refused_before_any_record_is_touched(new_desk: Desks, size: float) -> None:
     """Else a coordinator would see from a failure, uncharged, whether some record has a feature above a bound."""
     desk = new_desk(randomness=system)
     arrays = desk.start()
     for name, array in arrays.items():
-        arrays[name] = (np.sign(array + np.float32(1e-9)) * 3e38).astype(np.float32) if "head" in name else array
-    counts = desk.evaluate(arrays=arrays).histogram["counts"]
-    assert np.isfinite(counts).all()
-    assert desk.spent() == 1
-    update = desk.train(arrays=arrays).update  # such records count as zero, which only the site's own log says
-    assert all(np.isfinite(array).all() for array in update.values())
+        arrays[name] = np.full_like(array, size) if "head" in name else array
+    for ask in (desk.evaluate, desk.train):
+        with pytest.raises(RefusedError, match="10000"):
+            ask(arrays=arrays)
+    assert desk.spent() == 0
+
+
+def test_large_arrays_within_reason_are_answered_like_any_other(new_desk: Desks) -> None:
+    desk = new_desk(randomness=system)
+    arrays = {name: array * np.float32(1e3 if "head" in name else 1) for name, array in desk.start().items()}
+    assert np.isfinite(desk.evaluate(arrays=arrays).histogram["counts"]).all()
+    assert all(np.isfinite(array).all() for array in desk.train(arrays=arrays).update.values())
     assert desk.spent() == 2
 
 

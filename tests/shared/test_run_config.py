@@ -221,3 +221,11 @@ def test_the_last_round_is_always_evaluated_and_the_plan_counts_them(every, roun
 def test_defaults_are_within_their_own_limits():
     assert Privacy().private
     assert Phase(rounds=0).steps == 0
+
+
+def test_discrete_noise_refuses_a_way_that_has_no_gradients_of_single_records() -> None:
+    base = {"model": {"name": "m"}, "task": {"labels": ["a", "b"]}, "training": {"rounds": 1, "batch_size": 2}}
+    with pytest.raises(ValueError, match="ghost"):
+        RunConfig.model_validate({**base, "privacy": {"noise": "discrete"}, "hardware": {"gradients": "ghost"}})
+    RunConfig.model_validate({**base, "privacy": {"noise": "discrete"}})
+    RunConfig.model_validate({**base, "hardware": {"gradients": "ghost"}})

@@ -363,6 +363,26 @@ def test_gram_norms_of_terms_that_cancel_never_come_out_too_small() -> None:
     assert bool((outer.squared_norms().sqrt().double() >= exact * 0.999).all())
 
 
+@pytest.mark.parametrize("mode", ["flat", "normalise"])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_no_record_is_let_through_where_squares_are_lost(mode: Any, tokens: int) -> None:
+    """An output's gradient of 1e-24 squares to 0 in float32; times an input of 1e18 it is far above the clipping norm."""
+    left = torch.zeros((2, tokens, 40))
+    left[0, 0, 0], left[1] = 1e-24, 0.5
+    if tokens > 1:
+        left[0, 1, 1] = 1.0  # a position of ordinary size beside it
+    right = torch.zeros((2, tokens, 48))
+    right[0, 0, 0], right[1] = 1e18, 0.5
+    outer = Outer(left, right)
+    assert outer.norms_by_gram()
+    true = outer.product().double().flatten(1).norm(dim=1)
+    assert float(true[0]) == pytest.approx(1e-6, rel=1e-3)
+    clipping = Clipping(1e-7, mode)
+    factors = clipping.factors(outer.squared_norms().sqrt())
+    assert bool((factors.double() * true <= clipping.norm * 1.0001).all())
+    assert float(factors[1] * true[1]) > 0.98 * clipping.norm  # an ordinary record is clipped as ever
+
+
 def test_sums_and_norms_are_float32_under_bfloat16() -> None:
     module = made(lambda self, x: self.a(x).float().tanh().sum((1, 2)), a=nn.Linear(WIDTH, 40)).float()
     x = vectors().float()

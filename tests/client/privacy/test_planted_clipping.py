@@ -91,7 +91,7 @@ def test_clipping_per_token_is_caught(new_desk: Desks, monkeypatch: pytest.Monke
     monkeypatch.setattr(Booked, "add", clip_by_token)
     with pytest.raises(SensitivityError, match="nothing is released"):
         reach_of_a_record(new_desk, "probed")
-    monkeypatch.setattr(probe, "check", lambda *_: None)
+    monkeypatch.setattr(probe, "check", lambda *_, **__: None)
     reach = reach_of_a_record(new_desk, "by-token")
     claimed, spent = epsilon([Release(1.0, 1.0, 10)], 1e-5), epsilon([Release(1.0, 1 / reach, 10)], 1e-5)
     assert (reach > 10, claimed < 18, spent > 500) == (True, True, True)
@@ -161,12 +161,12 @@ def test_an_unclipped_tied_weight_is_caught(
     Certain, both ways, where a record has gradient by both uses.
     """
     assert 0.99 < reach_of_a_record(new_desk, "right", name=albert) <= 1
-    last_use = "Entry(self.shape, self.records, self.outers[-1:], self.rows[-1:]).factors()"
+    last_use = "Entry(self.shape, self.records, self.device, self.outers[-1:], self.rows[-1:]).factors()"
     with planted(Entry.squared_norms, "self.factors()", last_use):
         with pytest.raises(SensitivityError, match="nothing is released"):
             reach_of_a_record(new_desk, "probed", name=albert)
         with monkeypatch.context() as patch:
-            patch.setattr(probe, "check", lambda *_: None)
+            patch.setattr(probe, "check", lambda *_, **__: None)
             assert reach_of_a_record(new_desk, "last-use", name=albert) > 1.01
     assert reach_and_refusal() == (pytest.approx(1.0, abs=2e-3), "")
     one_use = "outer, rows = self.factors()\n    rows = rows if outer is None else None"
@@ -189,11 +189,11 @@ def what_the_probe_saw(desk: Any) -> list[str]:
     streams = count()
 
     def note(right: Callable[..., Any]) -> Callable[..., Any]:
-        def spy(*given: Any) -> Any:
+        def spy(*given: Any, **named: Any) -> Any:
             for one in (each for part in given for each in (part if isinstance(part, list) else [part])):
                 held = one[1] if isinstance(one, tuple) else one
                 seen.extend(held.inputs if isinstance(held, Objective) else [held] if isinstance(held, Tensor) else [])
-            return right(*given)
+            return right(*given, **named)
 
         return spy
 

@@ -72,7 +72,7 @@ Samples = dict[str, Tensor]
 def plant(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Samples, Clipping], tuple[Samples, Tensor]]) -> None:
     """Put a faulty clipping in the place of the engine's: from the gradients of single records to scaled ones."""
 
-    def add(self: Gradients, objective: Objective, clipping: Clipping, sums: Samples) -> Tensor:
+    def add(self: Gradients, objective: Objective, clipping: Clipping, sums: Samples, **_: Any) -> Tensor:
         scaled, norms = fault(self.per_record(objective), clipping)
         for name, sample in scaled.items():
             sums[name] = sums.get(name, 0.0) + sample.sum(0)
@@ -329,9 +329,9 @@ def test_the_first_release_is_probed_in_full_and_each_later_one_again(
     for name in ("check", "agrees"):
         right = getattr(probe, name)
 
-        def spied(*arguments: Any, name: str = name, right: Any = right) -> Any:
+        def spied(*arguments: Any, name: str = name, right: Any = right, **named: Any) -> Any:
             looks.append(name)
-            return right(*arguments)
+            return right(*arguments, **named)
 
         monkeypatch.setattr(probe, name, spied)
     desk = new_desk()
@@ -355,7 +355,7 @@ def test_an_engine_that_goes_wrong_between_two_releases_is_found_at_the_next(
 def test_a_doubt_in_float32_is_settled_in_double(new_desk: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     desk = new_desk()
     desk.train(1)
-    monkeypatch.setattr(probe, "agrees", lambda *_: False)
+    monkeypatch.setattr(probe, "agrees", lambda *_, **__: False)
     assert desk.train(2).round == 2
 
 
@@ -394,14 +394,90 @@ def test_an_engine_that_fails_on_drawn_records_says_so_at_the_site_alone(
     desk = new_desk(config={"hardware": {"gradients": "one-pass"}})
     right, seen = Gradients.add, []
 
-    def fails_on_real_ones(self: Gradients, objective: Objective, *rest: Any) -> Tensor:
+    def fails_on_real_ones(self: Gradients, objective: Objective, *rest: Any, **named: Any) -> Tensor:
         seen.append(objective.records)
         if objective.records > 3:
             raise SensitivityError("a drawn record has 31 tokens")
-        return right(self, objective, *rest)
+        return right(self, objective, *rest, **named)
 
     monkeypatch.setattr(Gradients, "add", fails_on_real_ones)
     with pytest.raises(EngineError) as failed:
         desk.train(1)
     assert not isinstance(failed.value, RefusedError)  # whose text would leave
     assert desk.spent() == 0
+    seen.clear()
+    with pytest.raises(EngineError, match="before"):  # no second draw: each would tell a little for nothing
+        desk.train(1)
+    assert seen == []
+
+
+# -- what a coordinator might try ----------------------------------------------------------------------------
+
+
+def test_the_path_of_discrete_noise_is_the_one_that_is_probed(
+    new_desk: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = new_desk(config={"privacy": {"noise": "discrete"}, "hardware": {"gradients": "one-pass"}})
+    right = Gradients.per_record
+
+    def summed(self: Gradients, objective: Objective) -> Samples:
+        found = right(self, objective)
+        return {name: sample.sum(0).expand_as(sample) for name, sample in found.items()}
+
+    monkeypatch.setattr(Gradients, "per_record", summed)
+    with pytest.raises(SensitivityError):
+        desk.train(1)
+    monkeypatch.undo()
+    assert desk.train(1).mechanism == "discrete-gaussian"
+    monkeypatch.setattr(Gradients, "per_record", summed)
+    with pytest.raises(SensitivityError):
+        desk.train(2)
+
+
+def test_a_model_that_keeps_state_between_batches_is_refused(lora: RunConfig) -> None:
+    class Remembering(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+            self.register_buffer("longest", torch.zeros(()))
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            self.longest = torch.maximum(self.longest, torch.tensor(float(hidden.shape[1]), dtype=self.longest.dtype))
+            out: Tensor = self.inner(hidden)
+            return out
+
+    def remember(model: LoadedModel) -> None:
+        layer = model.module.encoder.encoder.layer[0].intermediate
+        layer.dense = Remembering(layer.dense)
+
+    with pytest.raises(SensitivityError, match="keeps state"):
+        run(lora, remember)
+
+
+def test_arrays_under_which_float32_is_mostly_rounding_are_refused(lora: RunConfig) -> None:
+    model = models.load(lora)
+    parameters = train_only(model.module, model.trainable)
+    objective = EncoderPass(model, Examples((), ()), lora)
+    with torch.no_grad():  # a multiple of one vector, which the next normalisation takes away again
+        output = model.module.encoder.encoder.layer[0].output.dense
+        output.weight.add_(3e7 * torch.ones(output.weight.shape[0], 1))
+    with Gradients(model.module, parameters) as gradients:
+        verdicts: list[bool | None] = []
+        for _ in range(20):
+            try:
+                verdicts.append(probe.agrees(gradients, *objective.made_up(only_one_batch=True)))
+            except SensitivityError:
+                verdicts.append(None)
+    assert None in verdicts  # not at each: a batch may come out right by luck
+
+
+@pytest.mark.parametrize("factor", [30.0, 300.0])
+def test_a_model_that_is_sure_of_itself_is_not_taken_for_rounding(lora: RunConfig, factor: float) -> None:
+    model = models.load(lora)
+    with torch.no_grad():
+        model.module.head.weight.mul_(factor)
+    parameters = train_only(model.module, model.trainable)
+    objective = EncoderPass(model, Examples((), ()), lora)
+    with Gradients(model.module, parameters) as gradients:
+        for _ in range(30):
+            probe.agrees(gradients, *objective.made_up(only_one_batch=True))  # True or False, and no refusal
