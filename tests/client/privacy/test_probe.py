@@ -362,14 +362,13 @@ def test_a_doubt_in_float32_is_settled_in_double(new_desk: Callable[..., Any], m
 def test_a_fault_at_long_records_alone_is_found_by_the_full_probe(
     full: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As an engine that forgets, in the norm, what it keeps whole only where a text is long."""
-    right = Entry.squared_norms
+    """As an engine whose product of factors, which it takes only where a text is long, counts positions twice."""
+    right = Outer.product
 
-    def short_only(self: Entry) -> Tensor:
-        long = self.whole is not None and len(self.shape) == 2 and not self.outers
-        return torch.zeros(self.records) if long else right(self)
+    def doubled(self: Outer) -> Tensor:
+        return right(self) * (2.0 if self.left.shape[1] > 15 else 1.0)
 
-    monkeypatch.setattr(Entry, "squared_norms", short_only)
+    monkeypatch.setattr(Outer, "product", doubled)
     with pytest.raises(SensitivityError):
         run(full.model_copy(update={"hardware": full.hardware.model_copy(update={"gradients": "one-pass"})}))
 
