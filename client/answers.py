@@ -253,7 +253,7 @@ def _trained_once(
     try:
         return training.train(resident, site, config, planned, request, randomness)
     except EngineError:
-        ledger.pin(request.run, closed, b"failed")
+        ledger.mark(request.run, closed)
         raise
 
 

@@ -318,6 +318,13 @@ class Ledger(Account):
                 self._connection.execute("INSERT INTO states VALUES (?, ?, ?, ?)", [self.dataset, run, kind, value])
             return value if kept is None else kept
 
+    def mark(self, run: str, kind: str) -> None:
+        """Keep, durably and for good, that something happened in the run: `state` of (run, kind) is no longer None."""
+        with transaction(self.path, self._connection):
+            self._connection.execute(
+                "INSERT OR IGNORE INTO states VALUES (?, ?, ?, ?)", [self.dataset, run, kind, b"marked"]
+            )
+
     def _refuse_beyond_limits(self, question: Question, release: Release, allow_unbounded: bool) -> None:
         """Refuse what does not fit beside what is spent and reserved, or whose records may have paid in another account.
 

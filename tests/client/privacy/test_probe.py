@@ -387,11 +387,14 @@ def test_another_model_is_probed_in_full_again(new_desk: Callable[..., Any], new
     assert not desk.resident.probed
 
 
+@pytest.mark.parametrize("rounds_before", [0, 1])
 def test_an_engine_that_fails_on_drawn_records_says_so_at_the_site_alone(
-    new_desk: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    rounds_before: int, new_desk: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk = new_desk(config={"hardware": {"gradients": "one-pass"}})
-    right, seen = Gradients.add, []
+    for number in range(1, rounds_before + 1):
+        desk.train(number)
+    right, seen, failing = Gradients.add, [], rounds_before + 1
 
     def fails_on_real_ones(self: Gradients, objective: Objective, *rest: Any, **named: Any) -> Tensor:
         seen.append(objective.records)
@@ -401,12 +404,12 @@ def test_an_engine_that_fails_on_drawn_records_says_so_at_the_site_alone(
 
     monkeypatch.setattr(Gradients, "add", fails_on_real_ones)
     with pytest.raises(EngineError) as failed:
-        desk.train(1)
+        desk.train(failing)
     assert not isinstance(failed.value, RefusedError)  # whose text would leave
-    assert desk.spent() == 0
+    assert desk.spent() == rounds_before
     seen.clear()
     with pytest.raises(EngineError, match="before"):  # no second draw: each would tell a little for nothing
-        desk.train(1)
+        desk.train(failing)
     assert seen == []
 
 

@@ -304,7 +304,7 @@ def test_a_run_that_goes_on_is_reported_as_far_as_it_got(make):
 
 def test_a_run_with_no_rounds_claims_nothing(make):
     made = make([], end=None)
-    assert "Nothing has been released yet. Planned: at most ε = 8" in made.text
+    assert "No release is recorded yet. Planned: at most ε = 8" in made.text
     assert "No round was committed, so there is nothing to plot." in made.text
     assert "Each record of each site lost" not in made.text
 
