@@ -7,6 +7,7 @@ import click
 
 from shared import __version__
 from shared.errors import MoonflowerError, interrupted
+from shared.interrupts import raise_dropped_interrupts
 
 COMMANDS = {
     "simulate": "simulations.cli:simulate",
@@ -58,6 +59,7 @@ def root() -> None:
 
 def main() -> None:
     """Run the command line: a `MoonflowerError` is one line and its exit code, anything else a traceback."""
+    raise_dropped_interrupts()
     try:
         done = root.main(standalone_mode=False)  # a command's own return value, or the code of its `ctx.exit`
         sys.exit(done if isinstance(done, int) else 0)
