@@ -11,6 +11,11 @@ from shared.interrupts import raise_dropped_interrupts
 
 COMMANDS = {
     "simulate": "simulations.cli:simulate",
+    "provision": "server.provision.cli:provision",
+    "server": "server.daemon.cli:server",
+    "client": "client.node.cli:client",
+    "run": "server.control.cli:run",
+    "site": "server.control.cli:site",
     "report": "server.report.cli:report",
     "history": "server.cli:history",
     "database": "server.cli:database",
@@ -19,6 +24,11 @@ COMMANDS = {
 }
 HELP = {
     "simulate": "Fine-tune across virtual sites on this machine.",
+    "provision": "Make the kits of a federation: certificates, keys, tokens, configuration.",
+    "server": "Start and check the coordinator's daemon.",
+    "client": "Start and check a site's node.",
+    "run": "Submit runs to a coordinator, watch, stop and export them.",
+    "site": "List, enrol and revoke a coordinator's sites.",
     "report": "Write a run's report, one HTML file.",
     "history": "Show what runs did: rounds, scores, who took part, and privacy spent.",
     "database": "Look after the history's database.",
