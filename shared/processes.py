@@ -1,0 +1,175 @@
+"""A child process that is kept running, and that leaves nobody behind.
+
+The child dies with the process that started it, however that ends (PR_SET_PDEATHSIG). Its own children may open
+sessions of their own, as Flower's do; they are known by a mark in their environment, which every process
+inherits, so that they are found and ended by id even after their parents are gone.
+"""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+
+import psutil
+
+MARK = "MOONFLOWER_FAMILY"  # names, in a process's environment, the family that it belongs to
+STEADY = 60.0  # seconds that a child lives until an earlier failure is forgotten
+LONGEST_LINE = 8192  # characters; a longer line is cut
+
+# Runs in the child before its command: dies with the parent, then becomes the command. A small program and not a
+# preexec_fn, which may deadlock in a parent with threads.
+LAUNCHER = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+    os._exit(1)
+try:
+    os.execvp(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    print(f"{sys.argv[2]} cannot be started: {error.strerror}", flush=True)
+    os._exit(127)
+"""
+
+
+class Supervised:
+    """A command that is started again, with backoff, whenever it ends.
+
+    Parameters
+    ----------
+    name : str
+        What messages call it.
+    command : Callable[[], Sequence[str]]
+        Asked at each start, so that a restart may take another port.
+    env : Mapping[str, str] | None
+        The child's whole environment; None is this process's.
+    backoff : tuple[float, float]
+        Seconds to the next start after a first failure, which double with each further one, and their most.
+    on_line : Callable[[str], None]
+        Gets each line that the child and its children write, standard output and error as they come, in a thread.
+    mark : str | None
+        Names the child's family; a fresh name where it is None. A fixed one, such as a state folder's path,
+        lets a later process find what an earlier one left (`family`).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Callable[[], Sequence[str]],
+        env: Mapping[str, str] | None = None,
+        *,
+        backoff: tuple[float, float] = (0.5, 30.0),
+        on_line: Callable[[str], None],
+        mark: str | None = None,
+    ) -> None:
+        self.name = name
+        self.mark = mark or f"{name}-{secrets.token_hex(8)}"
+        self.started_at = 0.0  # time.monotonic()
+        self.restart_at: float | None = None  # time.monotonic(); None while it runs or was stopped
+        self._command, self._env, self._on_line = command, env, on_line
+        self._first, self._most = backoff
+        self._delay = backoff[0]
+        self._child: subprocess.Popen[str] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id, or None while there is none."""
+        return None if self._child is None else self._child.pid
+
+    def start(self) -> None:
+        """Start the command. To be called in the main thread: the child dies with the thread that started it."""
+        if self._child is not None:
+            return
+        env = dict(os.environ if self._env is None else self._env) | {MARK: self.mark}
+        child = subprocess.Popen(  # noqa: S603 - the command is ours
+            [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid()), *self._command()],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+        self._child, self.started_at, self.restart_at = child, time.monotonic(), None
+        threading.Thread(target=self._read, args=(child,), name=f"lines of {self.name}", daemon=True).start()
+
+    def poll(self) -> int | None:
+        """Return the exit code once after the child has ended, and start it again when the backoff is over.
+
+        To be called often, in the main thread. A negative code is the signal that ended it. What the child
+        left running is ended before this returns.
+        """
+        if self._child is None:
+            if self.restart_at is not None and time.monotonic() >= self.restart_at:
+                self.start()
+            return None
+        code = self._child.poll()
+        if code is None:
+            return None
+        self._child = None
+        kill(family(self.mark))
+        now = time.monotonic()
+        if now - self.started_at >= STEADY:
+            self._delay = self._first
+        self.restart_at = now + self._delay
+        self._delay = min(2 * self._delay, self._most)
+        return code
+
+    def stop(self, grace: float) -> None:
+        """End the child for good: SIGTERM, and after `grace` seconds SIGKILL; whoever is left of its family too.
+
+        Waits until they are gone; may be called in any thread.
+        """
+        child, self._child, self.restart_at = self._child, None, None
+        if child is not None:
+            child.terminate()
+            try:
+                child.wait(grace)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+        kill(family(self.mark))
+
+    def _read(self, child: subprocess.Popen[str]) -> None:
+        if child.stdout is None:
+            return
+        with child.stdout as lines:
+            while line := lines.readline(LONGEST_LINE):
+                self._on_line(line.rstrip("\r\n"))
+
+
+def family(mark: str) -> list[psutil.Process]:
+    """Return every living process of this user that has this mark in its environment, but the asking one."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # ended meanwhile, or another user's
+            continue
+    return found
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether a process still runs: one that has ended and waits to be reaped by its parent does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill(processes: Iterable[psutil.Process], wait: float = 5.0) -> None:
+    """End processes at once, each by its id and start time, and wait at most `wait` seconds until they are gone."""
+    left = list(processes)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):  # ended by itself
+            process.send_signal(signal.SIGKILL)
+    until = time.monotonic() + wait
+    while (left := [process for process in left if alive(process)]) and time.monotonic() < until:
+        time.sleep(0.01)
