@@ -68,6 +68,21 @@ class SiteOrAll(TypeDecorator[str]):
         return value or None
 
 
+class NodeId(TypeDecorator[int]):
+    """A Flower node's id. It has 64 bits and no sign, which no database's whole numbers hold, so it is kept as text."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: int | None, dialect: Dialect) -> str | None:  # noqa: ARG002
+        """Write the number."""
+        return None if value is None else str(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> int | None:  # noqa: ARG002
+        """Read it back."""
+        return None if value is None else int(value)
+
+
 class FreeText(TypeDecorator[str]):
     """Text that others wrote, such as a site's error.
 

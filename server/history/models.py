@@ -8,11 +8,11 @@ rounds of a run is one probe a round.
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, Double, ForeignKey, ForeignKeyConstraint, Index, MetaData
+from sqlalchemy import BigInteger, Double, ForeignKey, ForeignKeyConstraint, Index, Integer, MetaData, text
 from sqlalchemy import UniqueConstraint as Unique
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from server.history.columns import FreeText, Json, Score, SiteOrAll, Utc
+from server.history.columns import FreeText, Json, NodeId, Score, SiteOrAll, Utc
 
 NAMES = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -48,6 +48,9 @@ class RunRow(Base):
     created_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
     version: Mapped[str]
+    origin: Mapped[str]
+    submitted_by: Mapped[str | None]
+    stop_requested_at: Mapped[datetime | None]
 
 
 class AttemptRow(Base):
@@ -175,3 +178,40 @@ class EventRow(Base):
     at: Mapped[datetime]
     level: Mapped[str]
     text: Mapped[str] = mapped_column(FreeText)
+
+
+class SiteKeyRow(Base):
+    """A key that a site's node was enrolled with. It stays for good: a revoked key is never enrolled again."""
+
+    __tablename__ = "site_keys"
+    __table_args__ = (
+        Index(
+            "uq_site_keys_live",
+            "site",
+            unique=True,
+            sqlite_where=text("revoked_at IS NULL"),
+            postgresql_where=text("revoked_at IS NULL"),
+        ),
+    )
+
+    public_key: Mapped[str] = mapped_column(primary_key=True)
+    site: Mapped[str]
+    enrolled_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
+    node_id: Mapped[int | None] = mapped_column(NodeId)
+
+
+class ProgressRow(Base):
+    """Something that a watcher of a run is told. Within a run the ids grow in the order of the commits."""
+
+    __tablename__ = "progress"
+    __table_args__ = (Index(None, "run_id", "id"),)
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer(), "sqlite"), primary_key=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"))
+    at: Mapped[datetime]
+    round: Mapped[int]
+    kind: Mapped[str]
+    site: Mapped[str | None] = mapped_column(SiteOrAll, nullable=False)
+    state: Mapped[str]
+    text: Mapped[str | None] = mapped_column(FreeText)

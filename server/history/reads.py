@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session, load_only
 
 from server.history.models import (
@@ -44,12 +44,13 @@ def resolve(session: Session, run_id: str) -> str:
     return ids[0]
 
 
-def runs(session: Session, run_id: str | None, limit: int | None) -> list[Run]:
-    """Read the runs, newest first, or only the one with this id."""
+def runs(session: Session, run_id: str | None, limit: int | None, *where: ColumnElement[bool]) -> list[Run]:
+    """Read the runs, newest first, or only the one with this id, or those that meet conditions."""
     done = select(func.max(RoundRow.number)).where(RoundRow.run_id == RunRow.id).scalar_subquery()
     query = select(RunRow, func.coalesce(done, 0)).order_by(RunRow.created_at.desc(), RunRow.id.desc())
     if run_id is not None:
         query = query.where(RunRow.id == run_id)
+    query = query.where(*where)
     return [
         Run(
             id=row.id,
@@ -63,6 +64,9 @@ def runs(session: Session, run_id: str | None, limit: int | None) -> list[Run]:
             created_at=row.created_at,
             finished_at=row.finished_at,
             version=row.version,
+            origin=row.origin,
+            submitted_by=row.submitted_by,
+            stop_requested_at=row.stop_requested_at,
         )
         for row, count in session.execute(query.limit(limit))
     ]
@@ -70,13 +74,13 @@ def runs(session: Session, run_id: str | None, limit: int | None) -> list[Run]:
 
 def attempts(session: Session, run_id: str) -> list[Attempt]:
     """Read a run's attempts, first to last."""
-    query = select(*_columns(AttemptRow, Attempt)).where(AttemptRow.run_id == run_id)
+    query = select(*columns(AttemptRow, Attempt)).where(AttemptRow.run_id == run_id)
     return [Attempt(*row) for row in session.execute(query.order_by(AttemptRow.number))]
 
 
 def events(session: Session, run_id: str, limit: int | None) -> list[Event]:
     """Read a run's events as they happened; with a limit, the newest ones."""
-    query = select(*_columns(EventRow, Event)).where(EventRow.run_id == run_id)
+    query = select(*columns(EventRow, Event)).where(EventRow.run_id == run_id)
     return [Event(*row) for row in _newest(session, query, [EventRow.id], limit)]
 
 
@@ -108,7 +112,7 @@ class Where:
 
 def parts(session: Session, table: PartRow, record: "type[PartT]", where: Where) -> "list[tuple[int, PartT]]":
     """Read one kind of a round's parts over a run, in order, each with its round's number."""
-    query = select(RoundRow.number, *_columns(table, record))
+    query = select(RoundRow.number, *columns(table, record))
     query = query.join(table, table.round_id == RoundRow.id).where(RoundRow.run_id == where.run_id)
     if where.site is not None:
         query = query.where(table.site == where.site)
@@ -120,7 +124,7 @@ def parts(session: Session, table: PartRow, record: "type[PartT]", where: Where)
 
 def ledgers(session: Session, ids: Collection[str] | None) -> list[Ledger]:
     """Read how far ledgers were when they were last seen: these, or all."""
-    query = select(*_columns(LedgerRow, Ledger)).order_by(LedgerRow.id)
+    query = select(*columns(LedgerRow, Ledger)).order_by(LedgerRow.id)
     if ids is not None:
         query = query.where(LedgerRow.id.in_(ids))
     return [Ledger(*row) for row in session.execute(query)]
@@ -150,7 +154,8 @@ def last_round(session: Session, run_id: str) -> Round | None:
     )
 
 
-def _columns(table: Any, record: "type[DataclassInstance]") -> list[Any]:
+def columns(table: Any, record: "type[DataclassInstance]") -> list[Any]:
+    """Name the columns of a row that make a record, in its order."""
     names = (f.name for f in fields(record))
     return [table.run_id if name == "run" else getattr(table, name) for name in names]
 

@@ -14,6 +14,8 @@ Outcome = Literal["ok", "refused", "failed", "timeout", "exhausted"]  # exhauste
 Kind = Literal["join", "train", "evaluate"]
 Part = Literal["train", "validation"]
 EventLevel = Literal["info", "warning", "error"]
+Origin = Literal["simulate", "daemon"]  # daemon: submitted to a coordinator's queue
+ProgressKind = Literal["join", "train", "evaluate", "round", "run"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Run:
     created_at: datetime
     finished_at: datetime | None
     version: str  # of Moonflower
+    origin: Origin = "simulate"
+    submitted_by: str | None = None  # the name of the token that it came with
+    stop_requested_at: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -143,3 +148,30 @@ class Event:
     at: datetime
     level: EventLevel
     text: str
+
+
+@dataclass(frozen=True)
+class SiteKey:
+    """A key that a site's node proves itself with. A site has one that lives; a revoked one stays revoked."""
+
+    public_key: str  # one line of OpenSSH, without its comment
+    site: str
+    enrolled_at: datetime
+    revoked_at: datetime | None
+    node_id: int | None  # what Flower calls the node, once it is known
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Something that a watcher of a run is told, as it happens; best effort, and no part of the record."""
+
+    id: int  # grows within a run: what comes after it is asked for by it
+    run: str
+    at: datetime
+    round: int  # 0 outside of the rounds
+    kind: ProgressKind
+    site: str | None  # None: of no single site
+    # Of a site: asked, ok, refused, failed, timeout, exhausted, late; of a round: started, committed; of a run:
+    # joined, started, stopping, and how an attempt ended.
+    state: str
+    text: str | None

@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from server.history import reads, schema, writes
+from server.history import federation, reads, schema, writes
 from server.history.engine import WRITES, connect, explain, is_memory, parse_url
 from server.history.models import MetricRow, ParticipationRow, SpendRow
 from server.history.records import (
@@ -23,10 +23,14 @@ from server.history.records import (
     EventLevel,
     Ledger,
     Metric,
+    Origin,
     Participation,
+    Progress,
+    ProgressKind,
     Round,
     Run,
     RunStatus,
+    SiteKey,
     Spend,
 )
 
@@ -104,10 +108,13 @@ class History:
         rounds_planned: int,
         private: bool,
         version: str,
+        origin: Origin = "simulate",
+        submitted_by: str | None = None,
     ) -> Run:
-        """Enter a new run, pending; raise ConfigError if its id is taken."""
+        """Enter a new run, pending; raise ConfigError if its id is taken. A daemon's runs wait in its `queue`."""
         values: dict[str, Any] = {"name": name, "config": config, "config_digest": config_digest}
         values |= {"rounds_planned": rounds_planned, "private": private, "version": version}
+        values |= {"origin": origin, "submitted_by": submitted_by}
         with self._session(writing=True) as session:
             writes.create_run(session, run_id, values)
             return reads.runs(session, run_id, None)[0]
@@ -240,6 +247,68 @@ class History:
         """Give a run's events."""
         with self._session() as session:
             return reads.events(session, reads.resolve(session, run_id), limit)
+
+    def queue(self) -> list[Run]:
+        """Give the runs that were submitted to the daemon and are pending or running, oldest first.
+
+        One that was asked to stop is among them until it is finished.
+        """
+        with self._session() as session:
+            return federation.queue(session)
+
+    def request_stop(self, run_id: str, *, by: str | None = None) -> Run:
+        """Ask whoever plays the run to stop it: no further attempt may start. A pending run is stopped at once.
+
+        Raises ConfigError if it has finished.
+        """
+        with self._session(writing=True) as session:
+            key = reads.resolve(session, run_id)
+            federation.request_stop(session, key, by)
+            session.flush()
+            return reads.runs(session, key, None)[0]
+
+    def enrol(self, site: str, public_key: str, *, renew: bool = False) -> None:
+        """Enter the key that a site's node proves itself with: OpenSSH, in one line.
+
+        A key that the site has already changes nothing. Raises ConfigError for a key that was revoked or is
+        another site's, and for a second one of the site unless it is to `renew` (which revokes the first).
+        """
+        with self._session(writing=True) as session:
+            federation.enrol(session, site, public_key, renew=renew)
+
+    def revoke(self, site: str) -> None:
+        """Revoke the site's key for good, if one lives; raise NotFoundError if the site never had any."""
+        with self._session(writing=True) as session:
+            federation.revoke(session, site)
+
+    def set_node(self, public_key: str, node_id: int | None) -> None:
+        """Note Flower's id of the node that has this key."""
+        with self._session(writing=True) as session:
+            federation.set_node(session, public_key, node_id)
+
+    def site_keys(self) -> list[SiteKey]:
+        """Give all keys that were ever enrolled, by site, oldest first."""
+        with self._session() as session:
+            return federation.site_keys(session)
+
+    def add_progress(
+        self,
+        run_id: str,
+        round: int,
+        kind: ProgressKind,
+        site: str | Sequence[str] | None,
+        state: str,
+        text: str | None = None,
+    ) -> None:
+        """Tell the watchers of a run what happens: of one site, of several at once, or of none (None)."""
+        with self._session(writing=True) as session:
+            sites = [site] if isinstance(site, str) else site
+            writes.add_progress(session, run_id, round, kind, sites, state, text)
+
+    def progress(self, run_id: str, *, after: int = 0, limit: int | None = None) -> list[Progress]:
+        """Give what a run's watchers were told after this id; with `limit`, the oldest of it, as one reads on."""
+        with self._session() as session:
+            return federation.progress(session, reads.resolve(session, run_id), after, limit)
 
     @staticmethod
     def upgrade(url: str) -> None:

@@ -21,6 +21,7 @@ from server.history.models import (
     LedgerRow,
     MetricRow,
     ParticipationRow,
+    ProgressRow,
     RoundRow,
     RunRow,
     SpendRow,
@@ -40,25 +41,28 @@ def create_run(session: Session, run_id: str, values: dict[str, Any]) -> None:
 
 def start_attempt(session: Session, run_id: str, engine: str) -> Attempt:
     """Open the next attempt, close what came before it, and set the run to running."""
-    run = _lock(session, run_id)
+    run = lock(session, run_id)
     if run.status == "completed":
         raise ConfigError(f"Run '{run_id}' is already completed; start a new run to train further.")
+    if run.stop_requested_at is not None:
+        raise ConfigError(f"Run '{run_id}' was asked to stop; submit it again to train further.")
     now = datetime.now(UTC)
     unended = select(AttemptRow).where(AttemptRow.run_id == run_id, AttemptRow.ended_at.is_(None))
     for row in session.scalars(unended):
         row.ended_at, row.outcome = now, "lost"
-        add_event(session, run_id, "warning", f"Attempt {row.number} was lost: it ended without a word.")
+        _tell(session, run_id, "warning", "lost", f"Attempt {row.number} was lost: it ended without a word.")
     newest = _newest(session, run_id)
     number = newest.number + 1 if newest else 1
     run.status, run.finished_at = "running", None
     session.add(AttemptRow(run_id=run_id, number=number, engine=engine, started_at=now))
-    add_event(session, run_id, "info", f"Attempt {number} started ({engine}).")
+    session.flush()
+    _tell(session, run_id, "info", "started", f"Attempt {number} started ({engine}).")
     return Attempt(run_id, number, engine, started_at=now, ended_at=None, outcome=None, error=None)
 
 
 def end_attempt(session: Session, run_id: str, number: int, outcome: AttemptOutcome, error: str | None) -> None:
     """Close an attempt; one that is closed keeps its first outcome."""
-    _lock(session, run_id)
+    lock(session, run_id)
     row = session.get(AttemptRow, (run_id, number))
     if row is None:
         raise NotFoundError(f"Run '{run_id}' has no attempt {number}.")
@@ -66,14 +70,14 @@ def end_attempt(session: Session, run_id: str, number: int, outcome: AttemptOutc
         return
     row.ended_at, row.outcome, row.error = datetime.now(UTC), outcome, error
     level = {"failed": "error", "lost": "warning"}.get(outcome, "info")
-    add_event(session, run_id, level, f"Attempt {number} {outcome}" + (f": {error}" if error else "."))
+    _tell(session, run_id, level, outcome, f"Attempt {number} {outcome}" + (f": {error}" if error else "."))
 
 
 def finish_run(session: Session, run_id: str, status: RunStatus, attempt: int | None) -> None:
     """Set a run's last status, unless the attempt that asks no longer owns the run."""
     if status not in {"completed", "failed", "stopped"}:
         raise ConfigError(f"status='{status}' does not finish a run; use completed, failed or stopped.")
-    run = _lock(session, run_id)
+    run = lock(session, run_id)
     newest = _newest(session, run_id)
     if attempt is not None and newest is not None and newest.number != attempt:
         raise RunFailedError(f"Attempt {attempt} of run '{run_id}' was superseded by attempt {newest.number}.")
@@ -120,7 +124,23 @@ def add_event(session: Session, run_id: str, level: str, text: str) -> None:
     session.add(EventRow(run_id=run_id, at=datetime.now(UTC), level=level, text=text))
 
 
-def _lock(session: Session, run_id: str) -> RunRow:
+def add_progress(
+    session: Session, run_id: str, round: int, kind: str, sites: Sequence[str] | None, state: str, text: str | None
+) -> None:
+    """Tell the watchers of a run, of each of these sites or of no single one.
+
+    The run's lock makes the ids grow in the order of the commits: PostgreSQL hands them out before, and a
+    watcher that has seen the larger of two would never ask for the smaller.
+    """
+    lock(session, run_id)
+    values = {"run_id": run_id, "at": datetime.now(UTC), "round": round, "kind": kind, "state": state, "text": text}
+    rows = [values | {"site": site} for site in ([None] if sites is None else sites)]
+    if rows:
+        session.execute(insert(ProgressRow.__table__), rows)  # the table, for `SiteOrAll`'s sake
+
+
+def lock(session: Session, run_id: str) -> RunRow:
+    """Take the run's lock until the transaction ends, or raise NotFoundError."""
     run = session.scalar(select(RunRow).where(RunRow.id == run_id).with_for_update())
     if run is None:
         raise NotFoundError(f"There is no run '{run_id}' here; `moonflower history runs` lists them.")
@@ -133,7 +153,7 @@ def _newest(session: Session, run_id: str) -> AttemptRow | None:
 
 
 def _own(session: Session, round: Round) -> None:
-    run = _lock(session, round.run)
+    run = lock(session, round.run)
     newest = _newest(session, round.run)
     who = f"Attempt {round.attempt} of run '{round.run}'"
     lost = f"its round {round.number} was not committed"
@@ -143,3 +163,9 @@ def _own(session: Session, round: Round) -> None:
         raise RunFailedError(f"{who} was superseded by attempt {newest.number}; {lost}.")
     if newest.ended_at is not None or run.status != "running":
         raise RunFailedError(f"{who} has ended ({newest.outcome or run.status}); {lost}.")
+
+
+def _tell(session: Session, run_id: str, level: str, state: str, text: str) -> None:
+    """Note what became of an attempt, for the record and for whoever watches."""
+    add_event(session, run_id, level, text)
+    add_progress(session, run_id, 0, "run", None, state, text)

@@ -63,6 +63,10 @@ def main() -> None:
         history.saw_ledgers([Ledger("ab" * 16, "st-marys", "scans-2026", 6, simulated=False, run="lungs-1")])
         history.end_attempt("lungs-1", 2, "completed")
         history.finish_run("lungs-1", "completed")
+        history.enrol("st-marys", "ecdsa-sha2-nistp384 AAAAold")
+        history.enrol("st-marys", "ecdsa-sha2-nistp384 AAAAnew", renew=True)
+        history.set_node("ecdsa-sha2-nistp384 AAAAnew", 2**64 - 1)
+        history.add_progress("lungs-1", 3, "train", "aku", "refused", "max_epsilon=8 is spent")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ SECOND = """
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision, branch_labels, depends_on = "0003", "0002", None, None
+revision, down_revision, branch_labels, depends_on = "0004", "0003", None, None
 
 def upgrade():
     how = "always" if op.get_bind().dialect.name == "sqlite" else "auto"
@@ -55,9 +55,9 @@ def next_version(tmp_path, monkeypatch):
     def install(end="pass"):
         folder = tmp_path / "migrations"
         shutil.copytree(schema.MIGRATIONS, folder, ignore=shutil.ignore_patterns("__pycache__"))
-        (folder / "versions" / "0003_note.py").write_text(SECOND.replace("#END", end))
+        (folder / "versions" / "0004_note.py").write_text(SECOND.replace("#END", end))
         monkeypatch.setattr(schema, "MIGRATIONS", folder)
-        monkeypatch.setattr(schema, "NEWEST", "0003")
+        monkeypatch.setattr(schema, "NEWEST", "0004")
 
     return install
 
@@ -120,6 +120,10 @@ def test_a_database_of_each_past_revision_is_upgraded_and_read(asset, tmp_path):
         assert bool(last.spends[0].noise_source) is bool(last.spends[0].ledger_id) is known
         assert [spend.ledger_number for spend in last.spends] == ([5, 6] if known else [0, 0])
         assert sorted(history.ledgers()) == (["ab" * 16] if known else [])
+        assert {run.origin for run in runs} == {"simulate"}
+        federated = asset.stem not in {"history-0001", "history-0002"}
+        assert [key.node_id for key in history.site_keys() if not key.revoked_at] == ([2**64 - 1] if federated else [])
+        assert [told.site for told in history.progress("lungs-1")][-1:] == (["aku"] if federated else [])
         assert history.events("lungs-1")[-1].text == "Attempt 2 completed."
         started = history.start_attempt("open-2", engine="flower")
         assert started.number == 2
@@ -138,7 +142,7 @@ def test_an_older_schema_is_refused_with_the_command_that_upgrades_it(shared_url
     message = str(caught.value)
     assert "has an older schema; back it up, then run `moonflower database upgrade --database " in message
     assert "\n" not in message
-    assert History.current_revision(shared_url) == "0002"
+    assert History.current_revision(shared_url) == "0003"
 
 
 def test_an_upgrade_keeps_every_row_and_every_key(shared_url, next_version, new_run, new_round):
@@ -165,7 +169,7 @@ def test_an_upgrade_that_fails_changes_nothing(shared_url, next_version, new_run
     next_version(end="op.execute('SELECT * FROM no_such_table')")
     with pytest.raises(DatabaseError):
         History.upgrade(shared_url)
-    assert History.current_revision(shared_url) == "0002"
+    assert History.current_revision(shared_url) == "0003"
     assert execute(shared_url, "SELECT number FROM rounds") == [(1,)]
     with pytest.raises(SQLAlchemyError, match="note"):
         execute(shared_url, "SELECT note FROM rounds")
