@@ -1,6 +1,7 @@
 """The Flower ServerApp: wiring only. `server.rounds` is the run."""
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 from flwr.app import Context
@@ -8,7 +9,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from server import job, rounds
 from server.history.store import History
-from server.observer import Log, Observer
+from server.observer import Log, Observer, Several
+from server.progress import Progress
+from shared import locks
 from shared.paths import default_database
 
 
@@ -16,7 +19,8 @@ def build(observer: Observer) -> ServerApp:
     """Return a ServerApp that plays the run whose folder the Flower run's configuration names.
 
     `run` is a folder with run.json, test.jsonl (public, optional) and checkpoints/; `database` the
-    history's URL, the default one where it is empty; `engine` what the history calls this attempt.
+    history's URL, the default one where it is empty; `engine` what the history calls this attempt. Under Flower
+    the run's lock is held for as long as this process plays it, and progress is written for watchers.
     """
     app = ServerApp()
 
@@ -24,11 +28,18 @@ def build(observer: Observer) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         settings = context.run_config
         engine = str(settings.get("engine", "flower"))
-        if engine == "flower":
-            _log_rounds()
-        planned = job.load(Path(str(settings.get("run", ""))))
-        with History.open(str(settings.get("database", "")) or default_database()) as history:
-            rounds.run(planned, grid, history, observer, engine=engine)
+        folder = Path(str(settings.get("run", "")))
+        planned = job.load(folder)
+        database = str(settings.get("database", "")) or default_database()
+        with ExitStack() as held:
+            watchers = [observer]
+            if engine == "flower":
+                _log_rounds()
+                held.enter_context(locks.hold(folder / job.LOCK, f"run {planned.run}"))
+            history = held.enter_context(History.open(database))
+            if engine == "flower":
+                watchers.append(held.enter_context(Progress(history, planned.run)))
+            rounds.run(planned, grid, history, Several(watchers), engine=engine)
 
     return app
 

@@ -1,8 +1,9 @@
 """A run as its coordinator finds it on the disk: a folder.
 
-run.json      the run's id, its configuration, and how many sites it has
+run.json      the run's id, its configuration, how many sites it has, and whether a daemon supervises it
 test.jsonl    the public test set; optional
 checkpoints/  the server's state after each round
+attempt.lock  held by the process that plays the run under Flower
 sites/        a simulated run's sites, each with its ledger
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 from shared.errors import ConfigError
 from shared.run_config import RunConfig, parse
 
-RUN_FILE, TEST_FILE, CHECKPOINTS, SITES = "run.json", "test.jsonl", "checkpoints", "sites"
+RUN_FILE, TEST_FILE, CHECKPOINTS, SITES, LOCK = "run.json", "test.jsonl", "checkpoints", "sites", "attempt.lock"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Job:
     sites: int = 0  # how many there are, where it is known: they are waited for, beyond federation.min_sites
     device: str = "auto"
     simulated: bool = False  # its sites lie in its own folder, ledgers and all
+    supervised: bool = False  # a daemon plays it: an attempt that the machine ends is followed by the next
 
 
 def load(folder: Path) -> Job:
@@ -47,5 +49,12 @@ def load(folder: Path) -> Job:
         ) from None
     config = parse(RunConfig, config_values, source=str(folder / RUN_FILE))
     test_set = folder / TEST_FILE
-    places = folder / CHECKPOINTS, test_set if test_set.exists() else None
-    return Job(run, config, *places, sites=int(values.get("sites", 0)), simulated=(folder / SITES).is_dir())
+    return Job(
+        run,
+        config,
+        folder / CHECKPOINTS,
+        test_set if test_set.exists() else None,
+        sites=int(values.get("sites", 0)),
+        simulated=(folder / SITES).is_dir(),
+        supervised=bool(values.get("supervised", False)),
+    )

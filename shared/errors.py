@@ -50,6 +50,10 @@ class RunFailedError(MoonflowerError):
     """A run stopped before its last round; what it has committed stays and can be resumed."""
 
 
+class MachineError(RunFailedError):
+    """The machine's fault and not the run's: a full disk, a lost connection. The next attempt may go on."""
+
+
 class RefusedError(MoonflowerError):
     """A site will not do what was asked. The message says which limit, and by how much."""
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import tomllib
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -156,13 +157,21 @@ class Privacy(Section):
 
 
 class Federation(Section):
-    """Who asks, who takes part in a round, how long it may take, and how replies are weighted."""
+    """Who asks, who takes part in a round, how long it may take, what then, and how replies are weighted.
+
+    A round's quorum is `min_sites`, or the share `min_fraction` of the sites that it asks, if that is more. Where fewer
+    updates are in at the deadline, `on_shortfall` says what then: the run fails (`fail`), goes on with those that
+    are there, if there is one (`continue`), or asks those missing again, for at most `longest_wait` (`wait`).
+    """
 
     # The coordinator's public name, which sites' policies may ask for: claimed here, authenticated by the transport.
     coordinator: str = Field("coordinator", pattern=NAME_PATTERN)
     min_sites: Count = 1
+    min_fraction: float = Field(0.0, ge=0, le=1)
     sites_per_round: Count | None = None  # None: all that joined
     deadline: Positive = 3600.0  # seconds for one round's replies
+    on_shortfall: Literal["fail", "continue", "wait"] = "fail"
+    longest_wait: Positive = 86400.0  # seconds of a round for which sites are asked again, in "wait"
     weighting: Literal["uniform", "declared"] = "uniform"
     keep_checkpoints: Count = 5
 
@@ -174,6 +183,10 @@ class Federation(Section):
                 "so that no round could succeed; raise the one or lower the other"
             )
         return self
+
+    def quorum(self, asked: int) -> int:
+        """Updates that a round needs which asks this many sites; more than `asked` where it cannot be."""
+        return max(self.min_sites, math.ceil(Fraction(str(self.min_fraction)) * asked))  # 0.7 of 10 is 7, not 8
 
 
 class Evaluation(Section):

@@ -26,7 +26,13 @@ class Silent:
     def round_started(self, number: int, phase: str) -> None:
         """Say nothing."""
 
+    def asked(self, number: int, kind: Kind, sites: list[str]) -> None:
+        """Say nothing."""
+
     def answered(self, number: int, kind: Kind, site: str, outcome: Outcome, error: str | None) -> None:
+        """Say nothing."""
+
+    def late(self, number: int, kind: Kind, site: str, text: str) -> None:
         """Say nothing."""
 
     def round_finished(self, done: Round) -> None:

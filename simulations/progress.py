@@ -69,6 +69,9 @@ class Live:
         self._answered = []
         self._progress.update(self._task, description=f"round {number} ({phase.replace('_', ' ')})", doing="")
 
+    def asked(self, number: int, kind: Kind, sites: list[str]) -> None:
+        """Show nothing: in one process, sites answer one by one."""
+
     def answered(self, number: int, kind: Kind, site: str, outcome: Outcome, error: str | None) -> None:
         """Say who has answered, and print what went wrong."""
         self._answered.append(site)
@@ -77,6 +80,12 @@ class Live:
             # A site's own words: neither markup nor control characters of theirs reach the terminal.
             said = clean(f"round {number}: {site} {outcome}: {error}" if number else f"{site} {outcome}: {error}")
             self._console.print(Text(said, style="yellow"), soft_wrap=True)
+
+    def late(self, number: int, kind: Kind, site: str, text: str) -> None:
+        """Print it."""
+        self._console.print(
+            Text(clean(f"round {number}: {site} late ({kind}): {text}"), style="yellow"), soft_wrap=True
+        )
 
     def round_finished(self, done: Round) -> None:
         """Print the round's line."""
