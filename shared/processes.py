@@ -19,6 +19,7 @@ import psutil
 
 MARK = "MOONFLOWER_FAMILY"  # names, in a process's environment, the family that it belongs to
 STEADY = 60.0  # seconds that a child lives until an earlier failure is forgotten
+LAST_LINES = 1.0  # seconds to wait for them after the end
 LONGEST_LINE = 8192  # characters; a longer line is cut
 
 # Runs in the child before its command: dies with the parent, then becomes the command. A small program and not a
@@ -36,24 +37,97 @@ except OSError as error:
 """
 
 
-class Supervised:
-    """A command that is started again, with backoff, whenever it ends.
+class Child:
+    """One process, from its start to its end.
 
     Parameters
     ----------
     name : str
         What messages call it.
-    command : Callable[[], Sequence[str]]
-        Asked at each start, so that a restart may take another port.
+    command : Sequence[str]
+        The program and its arguments.
     env : Mapping[str, str] | None
         The child's whole environment; None is this process's.
-    backoff : tuple[float, float]
-        Seconds to the next start after a first failure, which double with each further one, and their most.
     on_line : Callable[[str], None]
         Gets each line that the child and its children write, standard output and error as they come, in a thread.
     mark : str | None
         Names the child's family; a fresh name where it is None. A fixed one, such as a state folder's path,
         lets a later process find what an earlier one left (`family`).
+
+    To be made in the main thread: the child dies with the thread that made it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        *,
+        on_line: Callable[[str], None],
+        mark: str | None = None,
+    ) -> None:
+        self.name = name
+        self.mark = mark or f"{name} {secrets.token_hex(8)}"
+        self.started_at = time.monotonic()
+        self._on_line = on_line
+        self._process = subprocess.Popen(  # noqa: S603 - the command is ours
+            [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid()), *command],
+            env=dict(os.environ if env is None else env) | {MARK: self.mark},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+        self._reader = threading.Thread(target=self._read, name=f"lines of {name}", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while it runs; a negative one is the signal that ended it."""
+        return self._process.poll()
+
+    def stop(self, grace: float) -> int:
+        """End it: SIGTERM, and after `grace` seconds SIGKILL (at once where it is 0); and then all of its family.
+
+        Waits until they are gone, and returns the exit code; may be called in any thread, and again.
+        """
+        if grace > 0 and self._process.poll() is None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(grace)
+        if self._process.poll() is None:
+            self._process.kill()
+        code = self._process.wait()
+        kill(family(self.mark))
+        self._reader.join(LAST_LINES)
+        return code
+
+    def _read(self) -> None:
+        if self._process.stdout is None:
+            return
+        with self._process.stdout as lines:
+            while line := lines.readline(LONGEST_LINE):
+                self._on_line(line.rstrip("\r\n"))
+
+
+class Supervised:
+    """A command that is started again, with backoff, whenever it ends.
+
+    Parameters
+    ----------
+    name, env, on_line, mark
+        As of `Child`.
+    command : Callable[[], Sequence[str]]
+        Asked at each start, so that a restart may have other arguments.
+    backoff : tuple[float, float]
+        Seconds to the next start after a first failure, which double with each further one, and their most.
     """
 
     def __init__(
@@ -67,13 +141,12 @@ class Supervised:
         mark: str | None = None,
     ) -> None:
         self.name = name
-        self.mark = mark or f"{name}-{secrets.token_hex(8)}"
-        self.started_at = 0.0  # time.monotonic()
+        self.mark = mark or f"{name} {secrets.token_hex(8)}"
         self.restart_at: float | None = None  # time.monotonic(); None while it runs or was stopped
         self._command, self._env, self._on_line = command, env, on_line
         self._first, self._most = backoff
-        self._delay = backoff[0]
-        self._child: subprocess.Popen[str] | None = None
+        self._delay = self._first
+        self._child: Child | None = None
 
     @property
     def pid(self) -> int | None:
@@ -81,23 +154,10 @@ class Supervised:
         return None if self._child is None else self._child.pid
 
     def start(self) -> None:
-        """Start the command. To be called in the main thread: the child dies with the thread that started it."""
-        if self._child is not None:
-            return
-        env = dict(os.environ if self._env is None else self._env) | {MARK: self.mark}
-        child = subprocess.Popen(  # noqa: S603 - the command is ours
-            [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid()), *self._command()],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-        )
-        self._child, self.started_at, self.restart_at = child, time.monotonic(), None
-        threading.Thread(target=self._read, args=(child,), name=f"lines of {self.name}", daemon=True).start()
+        """Start the command. To be called in the main thread."""
+        if self._child is None:
+            self.restart_at = None
+            self._child = Child(self.name, self._command(), self._env, on_line=self._on_line, mark=self.mark)
 
     def poll(self) -> int | None:
         """Return the exit code once after the child has ended, and start it again when the backoff is over.
@@ -112,47 +172,30 @@ class Supervised:
         code = self._child.poll()
         if code is None:
             return None
-        self._child = None
-        kill(family(self.mark))
+        child, self._child = self._child, None
+        child.stop(0)
         now = time.monotonic()
-        if now - self.started_at >= STEADY:
+        if now - child.started_at >= STEADY:
             self._delay = self._first
         self.restart_at = now + self._delay
         self._delay = min(2 * self._delay, self._most)
         return code
 
     def stop(self, grace: float) -> None:
-        """End the child for good: SIGTERM, and after `grace` seconds SIGKILL; whoever is left of its family too.
-
-        Waits until they are gone; may be called in any thread.
-        """
+        """End the child for good, as `Child.stop` does."""
         child, self._child, self.restart_at = self._child, None, None
         if child is not None:
-            child.terminate()
-            try:
-                child.wait(grace)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-        kill(family(self.mark))
-
-    def _read(self, child: subprocess.Popen[str]) -> None:
-        if child.stdout is None:
-            return
-        with child.stdout as lines:
-            while line := lines.readline(LONGEST_LINE):
-                self._on_line(line.rstrip("\r\n"))
+            child.stop(grace)
 
 
 def family(mark: str) -> list[psutil.Process]:
-    """Return every living process of this user that has this mark in its environment, but the asking one."""
+    """Return every process that has this mark in its environment, or this mark, a "#" and more; but the asking one."""
     found = []
     for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # ended meanwhile, or another user's
+            its = process.environ().get(MARK, "")
+            if process.pid != os.getpid() and (its == mark or its.startswith(f"{mark}#")):
                 found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):  # ended meanwhile, or another user's
-            continue
     return found
 
 
