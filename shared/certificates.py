@@ -32,7 +32,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from shared.errors import ConfigError
 
-LOOPBACK = ("localhost", "127.0.0.1")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 SLACK = timedelta(hours=1)  # a certificate holds from an hour ago: clocks differ
 LOOPBACK_DAYS = 3650  # of an authority whose key is gone as soon as it has signed once
 _HOST = re.compile(r"(?=.{1,253}$)(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*")
@@ -129,7 +129,7 @@ def issue(authority: Pair, name: str, hosts: Sequence[str], days: int) -> Pair:
 
 
 def loopback(folder: Path) -> Loopback:
-    """Write an authority's certificate and a server certificate for 127.0.0.1 and localhost into a folder.
+    """Write an authority's certificate and a server certificate for this machine's loopback names into a folder.
 
     For a process's own inner connections; made anew at each start, over what was there. The authority's key is never
     written: it signs once.

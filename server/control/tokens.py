@@ -14,7 +14,6 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field, ValidationError
 
-from shared.certificates import write_key
 from shared.errors import ConfigError, MoonflowerError
 from shared.run_config import NAME_PATTERN, Section, explain
 
@@ -47,9 +46,9 @@ class TokenFile(Section):
 
     tokens: tuple[Token, ...] = ()
 
-    def save(self, path: Path) -> None:
-        """Write it, 0600, over what was there."""
-        write_key(path, self.model_dump_json(indent=2).encode() + b"\n")
+    def content(self) -> bytes:
+        """Give the file's bytes."""
+        return self.model_dump_json(indent=2).encode() + b"\n"
 
 
 def new(name: str, role: Role, days: int, now: datetime | None = None) -> tuple[Token, str]:

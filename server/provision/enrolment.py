@@ -10,7 +10,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from shared.certificates import node_key_line, write_key
+from shared.certificates import node_key_line
 from shared.errors import ConfigError, NotFoundError
 from shared.run_config import NAME_PATTERN, Section, explain
 
@@ -79,9 +79,9 @@ class Enrolment(Section):
         before = self.revoke(name) if name in self.live().values() else self
         return Enrolment(sites=(*before.sites, SiteKey(name=name, public_key=public_key)))
 
-    def save(self, path: Path) -> None:
-        """Write it, over what was there."""
-        write_key(path, self.model_dump_json(indent=2).encode() + b"\n")
+    def content(self) -> bytes:
+        """Give the file's bytes."""
+        return self.model_dump_json(indent=2).encode() + b"\n"
 
 
 def read(path: Path) -> Enrolment:

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from server.control import tokens
 from server.control.tokens import Token, TokenError, TokenFile, Tokens
+from shared.certificates import write_key
 from shared.errors import ConfigError
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
 
 def file_of(path: Path, *known: Token) -> Path:
-    TokenFile(tokens=known).save(path)
+    write_key(path, TokenFile(tokens=known).content())
     return path
 
 
@@ -30,7 +31,6 @@ def test_a_secret_is_known_again_and_only_its_digest_is_kept(tmp_path: Path) -> 
     assert secret not in kept
     assert secret.removeprefix(tokens.PREFIX) not in kept
     assert hashlib.sha256(secret.encode()).hexdigest() in kept
-    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_secrets_are_32_random_bytes_and_differ() -> None:
