@@ -34,7 +34,9 @@ def write(folder: Path, state: ServerState) -> Checkpoint:
     """
     tensors = {f"{section}/{name}": array for section in SECTIONS for name, array in getattr(state, section).items()}
     # One entry: safetensors writes several in any order, and equal states must have equal digests.
-    data = save(tensors, metadata={"state": json.dumps({"steps": state.steps, "phase": state.phase})})
+    data = save(
+        tensors, metadata={"state": json.dumps({"steps": state.steps, "phase": state.phase, "base": state.base})}
+    )
     try:
         return _write(folder, data)
     except OSError as error:
@@ -84,7 +86,7 @@ def read(folder: Path, digest: str) -> ServerState:
             metadata = json.loads(held.metadata()["state"])
     except SafetensorError as error:
         raise NotFoundError(f"checkpoint {place} cannot be read: {error}.") from None
-    return ServerState(**sections, steps=metadata["steps"], phase=metadata["phase"])
+    return ServerState(**sections, steps=metadata["steps"], phase=metadata["phase"], base=metadata.get("base", ""))
 
 
 def prune(folder: Path, keep: set[str], before: datetime) -> None:

@@ -4,11 +4,16 @@ All of it is post-processing of what the sites released, so it costs no privacy.
 """
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shared.arrays import Arrays
+from shared.errors import ModelError
 from shared.run_config import Phase
+
+if TYPE_CHECKING:
+    from shared.models import LoadedModel
 
 EPSILON = 1e-8
 SECOND_MOMENT_DECAY = 0.99
@@ -20,7 +25,8 @@ class ServerState:
 
     `iterate` is what the sites train from; `published` what is scored and exported: the moving average
     of the iterates where the phase keeps one, else the iterate. `first` and `second` are the optimiser's moments
-    over the phase's arrays, after `steps` steps of `phase`.
+    over the phase's arrays, after `steps` steps of `phase`. `base` is the digest of the frozen part that the arrays
+    belong to (`LoadedModel.base_digest`); empty where it was not recorded.
     """
 
     iterate: Arrays
@@ -29,11 +35,27 @@ class ServerState:
     second: Arrays
     steps: int = 0
     phase: str = ""
+    base: str = ""
 
 
-def start(arrays: Arrays) -> ServerState:
+def start(arrays: Arrays, base: str = "") -> ServerState:
     """State before the first round."""
-    return ServerState(arrays, arrays, {}, {})
+    return ServerState(arrays, arrays, {}, {}, base=base)
+
+
+def check_base(state: ServerState, model: "LoadedModel", name: str) -> None:
+    """Refuse to put a state's arrays on another frozen part than the one they were trained on.
+
+    Raises
+    ------
+    ModelError
+        Where the model of this name is not what it was when the run began.
+    """
+    if state.base not in ("", model.base_digest):
+        raise ModelError(
+            f"model.name={name!r} is not the model that the run began with: the digest of its frozen weights is "
+            f"{model.base_digest[:12]}… and was {state.base[:12]}…; put the model back as it was."
+        )
 
 
 def enter(state: ServerState, phase: str, names: tuple[str, ...]) -> ServerState:
@@ -41,7 +63,7 @@ def enter(state: ServerState, phase: str, names: tuple[str, ...]) -> ServerState
     if state.phase == phase:
         return state
     zeros = {name: np.zeros_like(state.iterate[name]) for name in names}
-    return ServerState(state.published, state.published, zeros, dict(zeros), 0, phase)
+    return ServerState(state.published, state.published, zeros, dict(zeros), 0, phase, state.base)
 
 
 def step(state: ServerState, settings: Phase, update: Arrays, *, done: float = 0.0) -> ServerState:

@@ -74,8 +74,10 @@ class Campaign:
         """Return the last committed round's number and state; 0 and the start where there is none."""
         last = self.history.last_round(self.job.run)
         if last is None:
-            return 0, optimization.start(self.model.arrays())
-        return last.number, checkpoints.read(self.job.checkpoints, last.checkpoint.digest)
+            return 0, optimization.start(self.model.arrays(), self.model.base_digest)
+        state = checkpoints.read(self.job.checkpoints, last.checkpoint.digest)
+        optimization.check_base(state, self.model, self.config.model.name)
+        return last.number, state
 
     def train(self, number: int, state: ServerState, seen: "Seen") -> ServerState:
         """Send the iterate out, fold the sites' updates in, and take the server's step."""

