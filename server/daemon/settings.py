@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from server.gateway.limits import Limits
 from shared.errors import ConfigError
 from shared.run_config import NAME_PATTERN, Section, parse, read_toml
 
@@ -22,13 +23,11 @@ class Tls(Section):
     key: Place = Path("server.key")
 
 
-class Gateway(Section):
-    """The only door for sites, and what it lets through."""
+class Gateway(Limits):
+    """The only door for sites: where it is, and what it lets through (`server.gateway.limits`)."""
 
     host: str = "0.0.0.0"  # noqa: S104 - sites come from elsewhere
     port: Port = 9443
-    max_request_mib: Count = 512
-    requests_per_second: Count = 100  # of one site
 
 
 class Control(Section):
