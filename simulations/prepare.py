@@ -20,7 +20,7 @@ from client.answers import open_ledger
 from client.privacy import policy
 from client.privacy.events import PARTS
 from client.site import Dataset, Site
-from server import evaluation
+from server import public_test
 from server.history.store import History
 from server.job import RUN_FILE, TEST_FILE
 from shared import __version__, models, plan
@@ -131,7 +131,7 @@ def _records(scenario: Scenario) -> tuple[dict[str, list[dict[str, Any]]], list[
     folder = scenario.data.folder or Path()
     test_file = folder / TEST_FILE
     if test_file.exists():
-        evaluation.read(test_file, scenario.task)
+        public_test.read(test_file, scenario.task)
     for site in scenario.sites:
         data.read(_dataset(scenario, site.name, site.records, folder / f"{site.name}.jsonl"), scenario.task)
     return {name: _read(folder / f"{name}.jsonl") for name in names}, _read(test_file) if test_file.exists() else []

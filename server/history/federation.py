@@ -26,6 +26,8 @@ def queue(session: Session) -> list[Run]:
 def request_stop(session: Session, run_id: str, by: str | None) -> None:
     """Note that a run shall stop; one that never started is stopped at once, as nobody plays it."""
     run = writes.lock(session, run_id)
+    if run.origin != "daemon":
+        raise ConfigError(f"Run '{run_id}' was not submitted to a coordinator; stop it where it runs.")
     if run.status not in {"pending", "running"}:
         raise ConfigError(f"Run '{run_id}' is {run.status} already; there is nothing to stop.")
     if run.stop_requested_at is not None:

@@ -74,6 +74,11 @@ class History:
             raise
         return cls(engine)
 
+    @property
+    def url(self) -> str:
+        """Where it is, for a process of one's own to open: with its password, so not for messages."""
+        return self._engine.url.render_as_string(hide_password=False)
+
     def close(self) -> None:
         """Let go of the database."""
         self._engine.dispose()

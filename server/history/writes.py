@@ -136,7 +136,8 @@ def add_progress(
     values = {"run_id": run_id, "at": datetime.now(UTC), "round": round, "kind": kind, "state": state, "text": text}
     rows = [values | {"site": site} for site in ([None] if sites is None else sites)]
     if rows:
-        session.execute(insert(ProgressRow.__table__), rows)  # the table, for `SiteOrAll`'s sake
+        table: Any = ProgressRow.__table__  # and not the class, for the sake of `SiteOrAll`
+        session.execute(insert(table), rows)
 
 
 def lock(session: Session, run_id: str) -> RunRow:

@@ -105,7 +105,7 @@ def test_a_text_with_any_character_is_one_record(history, tiny_scenario, tmp_pat
     records = data.read(north.dataset, read.task)
     assert len(records) == 60
     assert records[3].text == f"good{held}bad"
-    assert prepare.evaluation.read(prepare.run_folder(run) / "test.jsonl", read.task)[0][3] == f"good{held}bad"
+    assert prepare.public_test.read(prepare.run_folder(run) / "test.jsonl", read.task)[0][3] == f"good{held}bad"
 
 
 def test_a_run_that_cannot_be_entered_leaves_no_folder(history, tiny_scenario, moonflower_home):

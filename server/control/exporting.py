@@ -1,0 +1,107 @@
+"""An exported model on its way out: written by a process of its own, then sent as a tar with a digest at the end.
+
+The process of its own keeps torch and the model out of the daemon, whose memory shall not grow with them.
+
+    python -m server.control.exporting RUN FOLDER OUT FORM      with the history's URL in MOONFLOWER_DATABASE
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import sys
+import tarfile
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+
+from server.control.door import CODES
+from shared.errors import ConfigError, MoonflowerError
+
+FORMS = "adapter", "merged"
+CHUNK = 1 << 20  # bytes of a message
+
+
+async def tar(run: str, folder: Path, form: str, *, database: str, scratch: Path) -> AsyncIterator[bytes | str]:
+    """Yield the bytes of a tar of the exported folder, and at last their SHA-256, hexadecimal.
+
+    Parameters
+    ----------
+    run, folder
+        The run's id and folder.
+    form
+        "adapter" or "merged".
+    database
+        The history's URL.
+    scratch
+        Where the export is written, twice, until it is sent.
+
+    Raises
+    ------
+    MoonflowerError
+        What the export says is wrong with the run; RuntimeError where it failed another way.
+    """
+    if form not in FORMS:
+        raise ConfigError(f"form={form!r} must be one of {', '.join(FORMS)}.")
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=scratch) as place:
+        out, packed = Path(place) / "out", Path(place) / "out.tar"
+        await _write(run, folder, out, form, database)
+        await asyncio.to_thread(_pack, out, packed)
+        digest = hashlib.sha256()
+        with packed.open("rb") as file:
+            while chunk := await asyncio.to_thread(file.read, CHUNK):
+                digest.update(chunk)
+                yield chunk
+        yield digest.hexdigest()
+
+
+async def _write(run: str, folder: Path, out: Path, form: str, database: str) -> None:
+    command = [sys.executable, "-m", __name__, run, str(folder), str(out), form]
+    environment = {
+        **os.environ,
+        "MOONFLOWER_DATABASE": database,
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+    }
+    pipe = asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(*command, env=environment, stdout=pipe, stderr=pipe)
+    try:
+        said, complaint = await child.communicate()
+    finally:
+        if child.returncode is None:
+            with suppress(ProcessLookupError):
+                child.kill()
+            await child.wait()
+    if child.returncode == 0:
+        return
+    try:
+        fault = json.loads(said.decode().splitlines()[-1])
+    except (ValueError, IndexError):
+        raise RuntimeError(f"the export ended with code {child.returncode}: {complaint.decode()[-4000:]}") from None
+    kinds = {kind.__name__: kind for kind in CODES}
+    raise kinds.get(fault["kind"], ConfigError)(fault["text"])
+
+
+def _pack(folder: Path, packed: Path) -> None:
+    with tarfile.open(packed, "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                archive.add(path, str(path.relative_to(folder)), recursive=False)
+
+
+def main(run: str, folder: str, out: str, form: str) -> int:
+    """Write the export; what a person must read goes to standard output as JSON."""
+    from server.export.folder import write  # torch comes with it
+    from server.history.store import History
+
+    try:
+        with History.open(os.environ["MOONFLOWER_DATABASE"], create=False) as history:
+            write(history, run, Path(folder), Path(out), form)
+    except MoonflowerError as error:
+        print(json.dumps({"kind": type(error).__name__, "text": str(error)}))  # noqa: T201 - to the daemon
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
