@@ -1,6 +1,7 @@
 """The coordinator's own configuration, server.toml: where it listens, where its state is, and who it is."""
 
 import ipaddress
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -58,9 +59,19 @@ class Settings(Section):
     queue: Queue = Queue()
 
     @property
+    def lock(self) -> Path:
+        """The file that a running daemon holds (shared/locks.py)."""
+        return self.state / "lock"
+
+    @property
     def runs(self) -> Path:
         """The folder of the runs' folders."""
         return self.state / "runs"
+
+    @property
+    def history(self) -> str:
+        """The URL of the history."""
+        return self.database or os.environ.get("MOONFLOWER_DATABASE") or f"sqlite:///{self.state / 'history.db'}"
 
     def run(self, run: str) -> Path:
         """Return a run's folder."""
