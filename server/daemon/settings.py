@@ -61,7 +61,7 @@ class Settings(Section):
     @property
     def lock(self) -> Path:
         """The file that a running daemon holds (shared/locks.py)."""
-        return self.state / "lock"
+        return self.state / "daemon.lock"
 
     @property
     def runs(self) -> Path:
