@@ -61,6 +61,7 @@ def answer(resident: Resident, site: Site, kind: Kind, request: Request, randomn
     if not RUN.fullmatch(request.run):
         raise RefusedError("the run's name is not one of letters, digits, '.', '_' and '-', at most 100 of them.")
     config = _configuration(request)
+    _check_coordinator(site, config)
     _check_labels(site, config)
     planned = plan.make(config, site.dataset.card())
     policy.check(site.privacy, config, planned, site.dataset.id)
@@ -119,6 +120,15 @@ def _configuration(request: Request) -> RunConfig:
         return RunConfig.model_validate_json(request.config)
     except ValidationError as error:
         raise ConfigError(explain(error, "the request's configuration")) from None
+
+
+def _check_coordinator(site: Site, config: RunConfig) -> None:
+    """Refuse a run of another coordinator than the one that the node is connected to: there it is no mere claim."""
+    if site.coordinator and config.federation.coordinator != site.coordinator.name:
+        raise RefusedError(
+            f"federation.coordinator={config.federation.coordinator!r} is not {site.coordinator.name!r}, the coordinator that "
+            "this site is connected to (site.toml, [coordinator] name)."
+        )
 
 
 def _check_labels(site: Site, config: RunConfig) -> None:

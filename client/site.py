@@ -1,4 +1,4 @@
-"""A site's own configuration, site.toml: its data, what it declares of them, its device and its policy.
+"""A site's own configuration, site.toml: its data, what it declares of them, its device, its policy and its coordinator.
 
 Nothing here is decided by the coordinator, and nothing but the *public* declarations leaves the site.
 """
@@ -45,6 +45,20 @@ class Dataset(Section):
         return DatasetCard(self.id, self.records, self.validation)
 
 
+class Coordinator(Section):
+    """Where the node connects to, and with what. A site that has no node has no such section.
+
+    `name` is the coordinator's own: the site answers runs that carry it and no others, because the certificate that
+    `ca` signed is this coordinator's.
+    """
+
+    name: Name
+    address: str = Field(pattern=r"^([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$")  # HOST:PORT of its gateway
+    ca: Path = Field(Path("ca.pem"), strict=False)  # the federation's authority
+    key: Path = Field(Path("site.key"), strict=False)  # the site's, private, as OpenSSH wrote it
+    state: Path = Field(Path("state"), strict=False)  # a folder of the node's own
+
+
 class Site(Section):
     """A whole site.toml. Relative paths are relative to the file."""
 
@@ -55,7 +69,9 @@ class Site(Section):
     # Made at first use; decides for ever which records are validation.
     split_key: Path = Field(Path("split.key"), strict=False)
     device: str = "auto"
+    coordinator: Coordinator | None = None
     _file: Path | None = PrivateAttr(None)  # where it was read from
+    _device: str | None = PrivateAttr(None)  # instead of the file's
 
     @model_validator(mode="before")
     @classmethod
@@ -65,8 +81,8 @@ class Site(Section):
         return values
 
 
-def load(path: Path) -> Site:
-    """Read and validate a site.toml.
+def load(path: Path, device: str | None = None) -> Site:
+    """Read and validate a site.toml; `device` is instead of the one that it names.
 
     Raises
     ------
@@ -76,9 +92,15 @@ def load(path: Path) -> Site:
     site = parse(Site, read_toml(path), source=str(path))
     root = path.parent
     dataset = site.dataset.model_copy(update={"path": root / site.dataset.path})
-    paths = {"dataset": dataset, "ledger": root / site.ledger, "split_key": root / site.split_key}
-    site = site.model_copy(update=paths)
-    site._file = path
+    changes: dict[str, Any] = {"dataset": dataset, "ledger": root / site.ledger, "split_key": root / site.split_key}
+    if site.coordinator:
+        own = site.coordinator
+        paths = {name: root / getattr(own, name) for name in ("ca", "key", "state")}
+        changes["coordinator"] = own.model_copy(update=paths)
+    if device is not None:
+        changes["device"] = device
+    site = site.model_copy(update=changes)
+    site._file, site._device = path, device
     return site
 
 
@@ -95,7 +117,7 @@ def reread(site: Site) -> Site:
     if site._file is None:
         return site
     try:
-        now = load(site._file)
+        now = load(site._file, site._device)
     except ConfigError as error:
         raise DataError(f"{error} It was changed while the site was at work, so that nothing is sent.") from None
     if now.model_copy(update={"privacy": site.privacy}) != site:
