@@ -94,7 +94,7 @@ def load(config: RunConfig) -> LoadedModel:
         transformers, or nothing of it would be trained.
     """
     folder = locate(config.model)
-    with _quiet():
+    with quiet():
         settings = _from_pretrained(AutoConfig, folder, config.model.name)
         for name, value in settings.to_dict().items():
             if isinstance(value, float) and ("dropout" in name or "drop" in name.split("_") or name.endswith("pdrop")):
@@ -280,7 +280,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' report of the parts we drop (its pooler) and its progress bars off the screen."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -1,0 +1,238 @@
+"""An exported folder: what it computes in a process without Moonflower, and what its card says."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+
+from server import checkpoints, public_test
+from shared import arrays, models
+from shared.tasks.text_classification import collate, tokenise
+
+FORMS = ["adapter", "merged", "full", "head", "bias"]
+SAFE = {".safetensors", ".json", ".md", ".html", ".txt", ".jinja"}
+SHORT = {"warm_start__rounds": 0, "training__rounds": 1, "refit__rounds": 0, "training__server_learning_rate": 0.1}
+
+RUNNER = """
+import importlib.util, json, os, re, sys
+assert not any(importlib.util.find_spec(name) for name in ("shared", "server", "client", "simulations"))
+found = {}
+for name, (folder, base, texts) in json.load(sys.stdin).items():
+    os.chdir(folder)
+    first, second = re.findall(r"```python\\n(.*?)```", open("README.md").read(), re.DOTALL)
+    scope = {}
+    exec(first, scope)
+    if base is None:
+        exec(second, scope)
+        logits = scope["logits"]
+    else:
+        encoder = scope["PeftModel"].from_pretrained(scope["AutoModel"].from_pretrained(base), folder)
+        logits = scope["load"](folder, encoder)
+    found[name] = logits(texts).tolist()
+print(json.dumps(found))
+"""
+
+
+def run_cards(folders: dict[str, tuple[Path, str | None, list[str]]]) -> dict[str, list[list[float]]]:
+    """Run each card's code in one fresh process, in which Moonflower cannot be imported."""
+    asked = {name: (str(folder), base, texts) for name, (folder, base, texts) in folders.items()}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", RUNNER],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"], "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "newly initialized" not in done.stderr  # a pooler that was drawn at random
+    found: dict[str, list[list[float]]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(train, lora):
+    kinds = {kind: train(model__trainable=kind, **SHORT) for kind in ("full", "head", "bias")}
+    return {"adapter": lora, "merged": lora, **kinds}
+
+
+@pytest.fixture(scope="module")
+def folders(runs, tmp_path_factory):
+    """Give each form's exported folder."""
+    place = tmp_path_factory.mktemp("exports")
+    return {name: run.export(place / name, "adapter" if name == "adapter" else "merged") for name, run in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def computed(runs, folders, tiny_model):
+    """Give the logits of the public test set, as each card's code computes them."""
+    texts = {name: records(run)[0] for name, run in runs.items()}
+    bases = {name: str(tiny_model) if name == "adapter" else None for name in runs}
+    return run_cards({name: (folders[name], bases[name], texts[name]) for name in runs})
+
+
+def records(run):
+    config = run_config(run)
+    return public_test.read(run.folder / "test.jsonl", config.task)
+
+
+def run_config(run):
+    from server import job
+
+    return job.load(run.folder).config
+
+
+def reference(run, number=None):
+    """Give the run's own logits of its test set: its model, with the checkpoint's arrays, a text at a time."""
+    config = run_config(run)
+    model = models.load(config)
+    round = run.history.rounds(run.id, round_number=number)[-1]
+    arrays.write(model.module, checkpoints.read(run.folder / "checkpoints", round.checkpoint.digest).published)
+    texts, labels = records(run)
+    examples = tokenise(model.tokenizer, texts, labels, config.task.max_length)
+    with torch.no_grad():
+        rows = [collate(examples, [index], torch.device("cpu")) for index in range(len(texts))]
+        return torch.cat([model.module.eval()(row.input_ids, row.attention_mask) for row in rows])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_cards_code_gives_the_runs_logits_and_its_test_accuracy(form, runs, computed):
+    run = runs[form]
+    logits = torch.tensor(computed[form])
+    torch.testing.assert_close(logits, reference(run), atol=1e-5, rtol=0)
+    labels = torch.tensor(records(run)[1])
+    last = run.history.last_round(run.id)
+    told = next(each.value for each in last.metrics if (each.scope, each.name) == ("test", "accuracy"))
+    assert float((logits.argmax(1) == labels).float().mean()) == pytest.approx(told, abs=1e-7)
+
+
+def test_what_was_trained_is_in_the_export_and_matters(lora, runs, computed, tiny_model, folders):
+    from transformers import AutoModel
+
+    base = AutoModel.from_pretrained(tiny_model)
+    for form in ("merged", "full", "bias"):
+        exported = AutoModel.from_pretrained(folders[form])
+        moved = [
+            name
+            for (name, old), new in zip(base.named_parameters(), exported.parameters(), strict=True)
+            if not torch.equal(old, new)
+        ]
+        assert moved, form
+        if form == "merged":
+            assert all("encoder.layer.1." in name for name in moved), moved
+            assert len(moved) == 4  # query, and three dense layers
+        assert not any("pooler" in name for name in moved)
+    with safe_open(folders["adapter"] / "adapter_model.safetensors", framework="pt") as held:
+        assert all(held.get_tensor(name).abs().max() > 0 for name in held.keys() if "lora_B" in name)  # noqa: SIM118
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_folder_holds_no_pickle_and_no_path_of_this_machine(form, folders, tiny_model, runs):
+    files = [file for file in folders[form].rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} <= SAFE
+    assert (form == "adapter") is not (folders[form] / "model.safetensors").exists()
+    for file in files:
+        content = file.read_bytes()
+        for place in (tiny_model.parent, runs[form].home, folders[form].parent):
+            assert str(place).encode() not in content, file
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_front_matter_is_the_hubs_and_its_scores_are_the_historys(form, folders, runs):
+    run, card = runs[form], ModelCard.load(folders[form] / "README.md")
+    assert card.data.library_name == ("peft" if form == "adapter" else "transformers")
+    assert card.data.pipeline_tag == "text-classification"
+    assert card.data.base_model is None  # a folder is not a name on the Hub
+    assert "differential-privacy" in card.data.tags
+    told = {
+        (each.scope, each.name.replace("auc", "roc_auc")): each
+        for each in run.history.last_round(run.id).metrics
+        if each.site is None
+    }
+    assert {("test", "accuracy"), ("validation", "accuracy")} <= told.keys()
+    found = {(each.dataset_split, each.metric_type): each for each in card.data.eval_results}
+    assert len(found) == len(card.data.eval_results) == 10
+    for place, result in found.items():
+        assert result.metric_value == pytest.approx(told[place].value, abs=5e-5)
+        if place[0] == "validation":
+            assert f"{told[place].low:.3f} to {told[place].high:.3f}" in result.metric_name
+            assert f"({told[place].low:.3f} to {told[place].high:.3f})" in card.text
+
+
+def test_a_card_says_what_was_trained_where_and_with_what_promise(lora, folders):
+    text = (folders["merged"] / "README.md").read_text(encoding="utf-8")
+    last, statement = (
+        lora.history.last_round(lora.id),
+        json.loads((folders["merged"] / "privacy_statement.json").read_text()),
+    )
+    assert f"`{last.checkpoint.digest}`" in text
+    assert f"`{lora.history.run(lora.id).config_digest}`" in text
+    assert "fine-tuned across 3 sites" in text
+    assert "| sites | north, south, west |" in text
+    assert "rank 8, alpha 16, query, dense, layers 1" in text
+    assert f"torch {torch.__version__}" in text
+    assert "A simulation." in text
+    assert "The lowest bits of continuous Gaussian noise" in text
+    guarantee = statement["guarantee"]
+    assert guarantee["verdict"] == "holds"
+    said = re.search(r"lost at most epsilon ([0-9.]+) at delta 1e-05", text)
+    assert said is not None
+    assert guarantee["epsilon"] <= float(said.group(1)) <= guarantee["epsilon"] + 0.01
+    assert text.count("| train |") == text.count("| validation |") == 3
+    assert "<!doctype html" in (folders["merged"] / "privacy_statement.html").read_text(encoding="utf-8").lower()
+    assert "WITHOUT PRIVACY" not in text
+    assert "Not the last round" not in text
+
+
+def test_a_run_without_privacy_says_so_loudly(train, tmp_path):
+    run = train(privacy__epsilon=float("inf"), model__trainable="head", **SHORT)
+    text = (run.export(tmp_path / "out") / "README.md").read_text(encoding="utf-8")
+    assert "> **WITHOUT PRIVACY.** NO GUARANTEE" in text
+    assert "no-differential-privacy" in ModelCard(text).data.tags
+    assert "differential-privacy" not in ModelCard(text).data.tags
+    assert "lost at most" not in text
+    assert json.loads((tmp_path / "out" / "privacy_statement.json").read_text())["guarantee"]["epsilon"] == "Infinity"
+
+
+def test_an_earlier_round_is_that_rounds_model_under_the_whole_runs_promise(lora, tmp_path, folders):
+    from transformers import AutoModel
+
+    from server.export import plain
+
+    out = lora.export(tmp_path / "out", round_number=2)
+    logits = plain.load(str(out), AutoModel.from_pretrained(out))(records(lora)[0])
+    torch.testing.assert_close(logits, reference(lora, 2), atol=1e-5, rtol=0)
+    assert float((reference(lora, 2) - reference(lora)).abs().max()) > 1e-3
+    text, last = ((folder / "README.md").read_text(encoding="utf-8") for folder in (out, folders["merged"]))
+    assert "This is round 2 of 5" in text
+    claim = re.search(r"\*\*(Each record .*)\*\*", text)
+    assert claim is not None
+    assert claim.group(1) in last
+
+
+def test_a_base_models_licence_and_name_are_taken_over_where_they_are_known(tiny_model, tmp_path):
+    from server.export import base
+    from shared.run_config import Model
+
+    assert base.find(Model(name=str(tiny_model))).licence == {}
+    (tmp_path / "model").mkdir()
+    for file in tiny_model.iterdir():
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: apache-2.0\ntags: [a]\n---\nText\n")
+    found = base.find(Model(name=str(tmp_path / "model")))
+    assert (found.licence, found.hub) == ({"license": "apache-2.0"}, None)
+    assert found.weights == models.weights_digest(tiny_model)
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: [\n---\n")
+    assert base.find(Model(name=str(tmp_path / "model"))).licence == {}
+    hub = base.find(Model(name="some/model"))
+    assert (hub.hub, hub.said, hub.weights) == ("some/model", "some/model", None)
