@@ -266,12 +266,14 @@ class RevokeSiteResponse(_message.Message):
     def __init__(self, site: _Optional[_Union[Site, _Mapping]] = ...) -> None: ...
 
 class ExportModelRequest(_message.Message):
-    __slots__ = ("run", "form")
+    __slots__ = ("run", "form", "round")
     RUN_FIELD_NUMBER: _ClassVar[int]
     FORM_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
     run: str
     form: str
-    def __init__(self, run: _Optional[str] = ..., form: _Optional[str] = ...) -> None: ...
+    round: int
+    def __init__(self, run: _Optional[str] = ..., form: _Optional[str] = ..., round: _Optional[int] = ...) -> None: ...
 
 class ExportModelResponse(_message.Message):
     __slots__ = ("data", "sha256")

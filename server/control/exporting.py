@@ -2,7 +2,7 @@
 
 The process of its own keeps torch and the model out of the daemon, whose memory shall not grow with them.
 
-    python -m server.control.exporting RUN FOLDER OUT FORM      with the history's URL in MOONFLOWER_DATABASE
+    python -m server.control.exporting RUN FOLDER FORM ROUND OUT      with the history's URL in MOONFLOWER_DATABASE
 """
 
 import asyncio
@@ -14,24 +14,32 @@ import tarfile
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
-from server.control.door import CODES
-from shared.errors import ConfigError, MoonflowerError
+from shared.errors import ConfigError, DatabaseError, MoonflowerError, NotFoundError
 
-FORMS = "adapter", "merged"
+Form = Literal["adapter", "merged"]
+FORMS = get_args(Form)
 CHUNK = 1 << 20  # bytes of a message
 
 
-async def tar(run: str, folder: Path, form: str, *, database: str, scratch: Path) -> AsyncIterator[bytes | str]:
+@dataclass(frozen=True)
+class Asked:
+    """What shall be exported."""
+
+    run: str
+    folder: Path  # the run's
+    form: str  # adapter or merged
+    round: int  # 0: the last committed one
+
+
+async def tar(asked: Asked, *, database: str, scratch: Path) -> AsyncIterator[bytes | str]:
     """Yield the bytes of a tar of the exported folder, and at last their SHA-256, hexadecimal.
 
     Parameters
     ----------
-    run, folder
-        The run's id and folder.
-    form
-        "adapter" or "merged".
     database
         The history's URL.
     scratch
@@ -42,11 +50,13 @@ async def tar(run: str, folder: Path, form: str, *, database: str, scratch: Path
     MoonflowerError
         What the export says is wrong with the run; RuntimeError where it failed another way.
     """
-    if form not in FORMS:
-        raise ConfigError(f"form={form!r} must be one of {', '.join(FORMS)}.")
+    if asked.form not in FORMS:
+        raise ConfigError(f"form={asked.form!r} must be one of {', '.join(FORMS)}.")
+    if asked.round < 0:
+        raise ConfigError(f"round={asked.round} must be at least 1, or 0 for the last.")
     with tempfile.TemporaryDirectory(prefix=".export-", dir=scratch) as place:
         out, packed = Path(place) / "out", Path(place) / "out.tar"
-        await _write(run, folder, out, form, database)
+        await _write(asked, out, database)
         await asyncio.to_thread(_pack, out, packed)
         digest = hashlib.sha256()
         with packed.open("rb") as file:
@@ -56,8 +66,9 @@ async def tar(run: str, folder: Path, form: str, *, database: str, scratch: Path
         yield digest.hexdigest()
 
 
-async def _write(run: str, folder: Path, out: Path, form: str, database: str) -> None:
-    command = [sys.executable, "-m", __name__, run, str(folder), str(out), form]
+async def _write(asked: Asked, out: Path, database: str) -> None:
+    command = [sys.executable, "-m", "server.control.exporting"]
+    command += [asked.run, str(asked.folder), asked.form, str(asked.round), str(out)]
     environment = {
         **os.environ,
         "MOONFLOWER_DATABASE": database,
@@ -78,7 +89,7 @@ async def _write(run: str, folder: Path, out: Path, form: str, database: str) ->
         fault = json.loads(said.decode().splitlines()[-1])
     except (ValueError, IndexError):
         raise RuntimeError(f"the export ended with code {child.returncode}: {complaint.decode()[-4000:]}") from None
-    kinds = {kind.__name__: kind for kind in CODES}
+    kinds: dict[str, type[MoonflowerError]] = {kind.__name__: kind for kind in (NotFoundError, DatabaseError)}
     raise kinds.get(fault["kind"], ConfigError)(fault["text"])
 
 
@@ -89,14 +100,14 @@ def _pack(folder: Path, packed: Path) -> None:
                 archive.add(path, str(path.relative_to(folder)), recursive=False)
 
 
-def main(run: str, folder: str, out: str, form: str) -> int:
+def main(run: str, folder: str, form: Form, round: str, out: str) -> int:
     """Write the export; what a person must read goes to standard output as JSON."""
     from server.export.folder import write  # torch comes with it
     from server.history.store import History
 
     try:
         with History.open(os.environ["MOONFLOWER_DATABASE"], create=False) as history:
-            write(history, run, Path(folder), Path(out), form)
+            write(history, run, Path(folder), Path(out), form, round_number=int(round) or None)
     except MoonflowerError as error:
         print(json.dumps({"kind": type(error).__name__, "text": str(error)}))  # noqa: T201 - to the daemon
         return 1
@@ -104,4 +115,4 @@ def main(run: str, folder: str, out: str, form: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))  # type: ignore[arg-type]  # its parent has checked the form

@@ -163,13 +163,12 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
     ) -> AsyncIterator[pb.ExportModelResponse]:
         """Send a run's model as a tar of a Hugging Face folder, one export at a time."""
         run = await self.in_thread(self._run, request.run)
-        form = request.form or exporting.FORMS[0]
+        form = request.form or "merged"
         folder = self.settings.run(run.id)
         async with self._exports:
             log.info("run %s: %s exported by %s", run.id, form, CALLER.get())
-            async for part in exporting.tar(
-                run.id, folder, form, database=self.history.url, scratch=self.settings.state
-            ):
+            asked = exporting.Asked(run.id, folder, form, request.round)
+            async for part in exporting.tar(asked, database=self.history.url, scratch=self.settings.state):
                 if isinstance(part, bytes):
                     yield pb.ExportModelResponse(data=part)
                 else:
