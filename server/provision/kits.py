@@ -104,7 +104,8 @@ def user(federation: Federation, token: Token, ca: bytes, secret: str) -> Files:
 
 def write(folder: Path, files: Files) -> None:
     """Write a kit: its files into its folder, and the zip of them beside it."""
-    folder.mkdir(mode=0o700, parents=True)
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700)
     change(folder, files)
 
 
