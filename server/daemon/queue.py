@@ -172,7 +172,7 @@ class Queue:
         code = await asyncio.to_thread(child.stop, 0)
         play.child = None
         self._token_file(play).unlink(missing_ok=True)
-        if play.flower_run is not None:
+        if code < 0 and play.flower_run is not None:  # otherwise it has said itself that it ended
             await asyncio.to_thread(self._superlink.flower.stop, play.flower_run)
         why = why or f"its process ended by {ending(code)}"
         if code > 0:
