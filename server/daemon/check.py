@@ -71,8 +71,8 @@ def check(settings: Settings, models: Sequence[str] = (), *, insecure: bool = Fa
         ("database", lambda: _database(settings)),
     ]
     findings = [_look(name, look) for name, look in looks]
-    queued = _queued(settings) if findings[-1].ok else {}
-    for name, digest in {**queued, **dict(map(_named, models))}.items():
+    queued = _queued(settings) if findings[-1].ok else []
+    for name, digest in dict.fromkeys([*queued, *map(_named, models)]):
         findings.append(_look("model", partial(_model, name, digest)))
     return findings
 
@@ -162,8 +162,9 @@ def _clock() -> str:
         said = (
             f"kept by nothing that the kernel knows of: run chrony, sites that are {CLOCK_SECONDS} s ahead are refused"
         )
-        return f"{now:%Y-%m-%d %H:%M:%S} UTC, {said}"
-    return f"{now:%Y-%m-%d %H:%M:%S} UTC, synchronised"
+    else:
+        said = "synchronised" if kept >= 0 else "and whether anything keeps it cannot be told"
+    return f"{now:%Y-%m-%d %H:%M:%S} UTC, {said}"
 
 
 def _files(settings: Settings) -> str:
@@ -195,16 +196,16 @@ def _database(settings: Settings) -> str:
     return f"{status.place}, {'to be made' if status.state == 'empty' else f'schema {status.revision}'}"
 
 
-def _queued(settings: Settings) -> dict[str, str | None]:
+def _queued(settings: Settings) -> list[tuple[str, str | None]]:
     """Give the models of the runs that wait or play, each with the digest that its run pins."""
     from server.history import schema
     from server.history.store import History
 
     if schema.status(settings.history).state != "newest":
-        return {}
+        return []
     with History.open(settings.history, create=False) as history:
         models = [run.config["model"] for run in history.queue()]
-    return {model["name"]: model.get("digest") for model in models}
+    return [(model["name"], model.get("digest")) for model in models]
 
 
 def _named(text: str) -> tuple[str, str | None]:
