@@ -170,11 +170,16 @@ class Connection:
         if self._method != b"HEAD":
             await self._write(h11.Data(data=content))
         await self._write(h11.EndOfMessage())
-        with suppress(TimeoutError):
+        await self._drain()
+
+    async def _drain(self) -> None:
+        """Read what is left of a refused body, within bounds: closed on unread bytes, a socket resets, and the answer is lost."""
+        left = LINGER_BYTES
+        with suppress(TimeoutError, Refusal, Slow):
             async with asyncio.timeout(LINGER_SECONDS):
-                left = LINGER_BYTES
-                while left > 0 and (data := await self._reader.read(CHUNK)):
-                    left -= len(data)
+                while left > 0 and self._http.their_state is h11.SEND_BODY:
+                    event = await self._event(LINGER_SECONDS)
+                    left -= len(event.data) if isinstance(event, h11.Data) else 0
 
     async def _event(self, patience: float) -> Event:
         """Return the next part of a request. Each read may take `patience` seconds."""
