@@ -35,6 +35,7 @@ def make(source: Source, form: str, base: Base) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
         finalize=lambda value: " ".join(words.plain(value).splitlines()) if type(value) is str else value,
     )
     return environment.get_template("card.jinja").render(
@@ -48,11 +49,10 @@ def make(source: Source, form: str, base: Base) -> str:
         base=base,
         title=_title(source),
         labels=_Block(json.dumps(list(source.config.task.labels))),
-        scores=[metric for metric in source.metrics if metric.name in NAMES],
+        scores={(metric.scope, metric.name): metric for metric in source.metrics if metric.site is None},
         records=next((int(each.value) for each in source.metrics if each.name == "records"), None),
         score=_score,
         names=NAMES,
-        splits=SPLITS,
         statement=source.statement,
         claim=statement_page.claim(source.statement),
         verdict=statement_page.verdict(source.statement),
@@ -83,8 +83,9 @@ def _title(source: Source) -> str:
 
 def _front(source: Source, form: str, base: Base) -> str:
     """Give the front matter's YAML. Names are the Hub's own; what it does not know is left out."""
-    private = source.statement.private
-    tags = ["moonflower", "federated-learning", "differential-privacy" if private else "no-differential-privacy"]
+    held = {"none": ["no-differential-privacy"], "in doubt": [], "nothing recorded": []}
+    tags = ["moonflower", "federated-learning"]
+    tags += held.get(statement_page.verdict(source.statement), ["differential-privacy"])
     values: dict[str, Any] = {**base.licence, "library_name": "peft" if form == "adapter" else "transformers"}
     if base.hub is not None:
         values |= {"base_model": base.hub, "base_model_relation": "adapter" if form == "adapter" else "finetune"}
@@ -107,8 +108,8 @@ def _front(source: Source, form: str, base: Base) -> str:
     return data.to_yaml()
 
 
-def _score(metric: Metric) -> str:
-    return words.score(metric.value) + _interval(metric, " ({} to {})")
+def _score(metric: Metric | None) -> str:
+    return words.UNKNOWN if metric is None else words.score(metric.value) + _interval(metric, " ({} to {})")
 
 
 def _interval(metric: Metric, text: str) -> str:

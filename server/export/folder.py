@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel
 
@@ -85,13 +86,12 @@ def write(
         part.mkdir()
         _fill(part, source, model, form)
         part.rename(out)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise ExportError(
-            f"--out {out} cannot be written: {error.strerror or error}; free it, or write elsewhere."
-        ) from error
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        if _of_the_disk(error):
+            raise ExportError(
+                f"--out {out} cannot be written: {_first_line(error)}; free it, or write elsewhere."
+            ) from error
         raise
     return out
 
@@ -164,6 +164,15 @@ def _logits(model: LoadedModel, texts: Sequence[str], config: RunConfig) -> Tens
     device = torch.device("cpu")
     rows = [collate(examples, [index], device) for index in range(len(texts))]
     return torch.cat([model.module(row.input_ids, row.attention_mask) for row in rows])
+
+
+def _of_the_disk(error: BaseException) -> bool:
+    """Whether a write failed; what is written in Rust says so in its text alone."""
+    return isinstance(error, OSError | SafetensorError) or "(os error " in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
 
 
 def check_place(out: Path) -> None:

@@ -29,6 +29,7 @@ class Source:
     metrics: tuple[Metric, ...]  # of this round
     sites: tuple[str, ...]  # whose updates are in this round's model or in one before
     statement: Statement
+    simulated: bool
     test_set: Path | None
 
 
@@ -55,6 +56,7 @@ def read(history: History, run_id: str, run_folder: Path, round_number: int | No
     if chosen is None:
         raise NotFoundError(f"Run {run.id} has no committed round {round_number}; its last is {rounds[-1].number}.")
     state = _state(found.checkpoints, rounds, chosen)
+    statement = stating.make(stating.read(history, run), now=datetime.now(UTC))
     return Source(
         run=run,
         config=found.config,
@@ -62,7 +64,8 @@ def read(history: History, run_id: str, run_folder: Path, round_number: int | No
         state=state,
         metrics=tuple(metric for _, metric in history.metrics(run.id, round_number=chosen.number)),
         sites=_sites(history.participations(run.id), chosen.number),
-        statement=stating.make(stating.read(history, run), now=datetime.now(UTC)),
+        statement=statement,
+        simulated=statement.simulated or found.simulated,
         test_set=found.test_set,
     )
 

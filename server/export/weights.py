@@ -34,7 +34,6 @@ def write_adapter(folder: Path, model: LoadedModel, base: str | None) -> None:
     made: dict[str, LoraConfig] = encoder.peft_config  # type: ignore[assignment]
     settings = replace(
         made["default"],
-        target_modules=adapted,
         layers_to_transform=None,
         base_model_name_or_path=base,
         task_type="FEATURE_EXTRACTION",
@@ -45,6 +44,7 @@ def write_adapter(folder: Path, model: LoadedModel, base: str | None) -> None:
         for name, parameter in encoder.named_parameters()
         if ".lora_A." in name or ".lora_B." in name
     }
+    settings.target_modules = adapted  # in order, where PEFT makes a set of them
     settings.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 

@@ -37,6 +37,9 @@ for name, (folder, base, texts) in json.load(sys.stdin).items():
         encoder = scope["PeftModel"].from_pretrained(scope["AutoModel"].from_pretrained(base), folder)
         logits = scope["load"](folder, encoder)
     found[name] = logits(texts).tolist()
+    if base is None:
+        from sentence_transformers import SentenceTransformer
+        found[name + ", by sentence-transformers"] = SentenceTransformer(folder, device="cpu").encode(texts).tolist()
 print(json.dumps(found))
 """
 
@@ -112,8 +115,15 @@ def test_the_cards_code_gives_the_runs_logits_and_its_test_accuracy(form, runs, 
     torch.testing.assert_close(logits, reference(run), atol=1e-5, rtol=0)
     labels = torch.tensor(records(run)[1])
     last = run.history.last_round(run.id)
-    told = next(each.value for each in last.metrics if (each.scope, each.name) == ("test", "accuracy"))
-    assert float((logits.argmax(1) == labels).float().mean()) == pytest.approx(told, abs=1e-7)
+    told = {each.name: each.value for each in last.metrics if each.scope == "test"}
+    assert float((logits.argmax(1) == labels).float().mean()) == pytest.approx(told["accuracy"], abs=1e-7)
+    assert float(torch.nn.functional.cross_entropy(logits, labels)) == pytest.approx(told["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_sentence_transformers_gives_the_same_logits(form, runs, computed):
+    logits = torch.tensor(computed[f"{form}, by sentence-transformers"])
+    torch.testing.assert_close(logits, reference(runs[form]), atol=1e-5, rtol=0)
 
 
 def test_what_was_trained_is_in_the_export_and_matters(lora, runs, computed, tiny_model, folders):
