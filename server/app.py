@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -10,8 +11,10 @@ from flwr.serverapp import Grid, ServerApp
 from server import job, rounds
 from server.history.store import History
 from server.observer import Log, Observer, Several
+from server.patience import PatientHistory, insist
 from server.progress import Progress
 from shared import locks
+from shared.errors import DatabaseAwayError
 from shared.paths import default_database
 
 
@@ -20,7 +23,8 @@ def build(observer: Observer) -> ServerApp:
 
     `run` is a folder with run.json, test.jsonl (public, optional) and checkpoints/; `database` the
     history's URL, the default one where it is empty; `engine` what the history calls this attempt. Under Flower
-    the run's lock is held for as long as this process plays it, and progress is written for watchers.
+    the run's lock is held for as long as this process plays it, progress is written for watchers, and a database that
+    is away is waited for. `authenticated` says whether nodes prove who they are: a supervised run's do, unless it is false.
     """
     app = ServerApp()
 
@@ -36,12 +40,19 @@ def build(observer: Observer) -> ServerApp:
             if engine == "flower":
                 _log_rounds()
                 held.enter_context(locks.hold(folder / job.LOCK, f"run {planned.run}"))
-            history = held.enter_context(History.open(database))
+            history = held.enter_context(_open(database, patient=engine == "flower"))
             if engine == "flower":
                 watchers.append(held.enter_context(Progress(history, planned.run)))
-            rounds.run(planned, grid, history, Several(watchers), engine=engine)
+            authenticated = bool(settings.get("authenticated", planned.supervised))
+            rounds.run(planned, grid, history, Several(watchers), engine=engine, authenticated=authenticated)
 
     return app
+
+
+def _open(database: str, *, patient: bool) -> History:
+    if not patient:
+        return History.open(database)
+    return insist(partial(PatientHistory.open, database), DatabaseAwayError)
 
 
 def _log_rounds() -> None:

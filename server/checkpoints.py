@@ -5,6 +5,7 @@ names the digest in the round's transaction, so a file without a round is an orp
 lacks its file.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -18,7 +19,7 @@ from safetensors.numpy import save
 from server.history.records import Checkpoint
 from server.optimization import ServerState
 from shared.arrays import Arrays
-from shared.errors import NotFoundError, RunFailedError
+from shared.errors import MachineError, NotFoundError
 from shared.packages import file_digest
 
 SECTIONS = ("iterate", "published", "first", "second")
@@ -29,8 +30,8 @@ def write(folder: Path, state: ServerState) -> Checkpoint:
 
     Raises
     ------
-    RunFailedError
-        Where the disk does not take it; the run can be resumed when it does.
+    MachineError
+        Where the disk does not take it; nothing of it is left there, and the run can be resumed when it does.
     """
     tensors = {f"{section}/{name}": array for section in SECTIONS for name, array in getattr(state, section).items()}
     # One entry: safetensors writes several in any order, and equal states must have equal digests.
@@ -40,20 +41,25 @@ def write(folder: Path, state: ServerState) -> Checkpoint:
     try:
         return _write(folder, data)
     except OSError as error:
-        raise RunFailedError(
+        raise MachineError(
             f"a checkpoint of {len(data)} bytes cannot be written to {folder}: {error.strerror}; mend that, then resume the run."
         ) from None
 
 
 def _write(folder: Path, data: bytes) -> Checkpoint:
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".writing-", delete=False) as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    written = Path(stream.name)
-    digest = file_digest(written)
-    written.rename(path(folder, digest))
+    digest = hashlib.sha256(data).hexdigest()  # of what was to be written: half of it is not taken for it
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".writing-")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(name).rename(path(folder, digest))
+    except OSError:
+        with suppress(OSError):
+            Path(name).unlink()  # on a full disk, room for the next try
+        raise
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

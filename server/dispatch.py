@@ -1,29 +1,38 @@
-"""Send requests to nodes and yield their answers as they come, naming who failed and why.
+"""Ask nodes, yield their answers as they come, and drop what comes too late.
 
-One reply at a time is in memory. A node's answer is matched by the message it replies to, because
-Flower's own error replies do not always name their node.
+A reply is matched by the message that it answers, because Flower's own error replies do not name their node. One
+reply at a time is read, and let go before the next.
 """
 
+import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from server import mail
 from server.history.records import Outcome
-from shared.messages import FLOWER_TYPES, Kind, MessageError, Refusal, from_record, size, to_record
+from server.mail import Node
+from shared.messages import Kind, MessageError, Refusal, content_size, from_record, size, to_record
 
 R = TypeVar("R")
-POLL = 0.05  # seconds between looks for replies that are not there yet
+
+QUICK, SLOW = 0.05, 0.5  # seconds between looks for replies: when one has just come, and when that is long ago
+PACE = 0.02  # between the two: a look is late by at most this share of the time waited
+LOOK = 5.0  # seconds between looks for nodes that were started anew, and have forgotten what they were asked
+LOST = (3, 4)  # Flower's codes for a message that was lost on its way; to ask again costs the site nothing
 REFUSALS: dict[str, Outcome] = {"refused": "refused", "exhausted": "exhausted"}  # any other word: failed
 LONGEST = 500  # characters of Flower's own error that the history keeps: its first line, and no traceback
+UNSENT = "the request could not be handed to the SuperLink."
+SMALL = 2**20  # bytes: more than any reply without parameters has
 
 
 @dataclass(frozen=True)
 class Answer(Generic[R]):
-    """A node's reply to one request, or why there is none; `seconds` is from the sending to the reply's arrival."""
+    """A node's reply to one question, or why there is none; `seconds` is from the sending to the reply's arrival."""
 
     node: int
     outcome: Outcome
@@ -34,59 +43,174 @@ class Answer(Generic[R]):
     bytes_up: int
 
 
-def ask(
-    grid: Grid,
-    kind: Kind,
-    nodes: Sequence[int],
-    request: Any,
-    expected: type[R],
-    *,
-    group: str,
-    deadline: float,
-) -> Iterator[Answer[R]]:
-    """Send one request to each node and yield one answer a node, in order of arrival.
+@dataclass(frozen=True, eq=False)
+class Question(Generic[R]):
+    """What nodes are asked in round `number`, and what answers it; an honest reply has at most `largest` bytes."""
 
-    Nodes that have not answered `deadline` seconds after the request was sent are yielded last, as timeouts.
+    kind: Kind
+    number: int
+    request: Any
+    expected: type[R]
+    largest: int = SMALL
+    content: RecordDict = field(init=False, repr=False)
+    bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Write the request down, once for all nodes."""
+        object.__setattr__(self, "content", to_record(self.request))
+        object.__setattr__(self, "bytes", content_size(self.content))
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A question under way to one node, or its answer back; `sent` and `due` by the monotonic clock."""
+
+    node: int
+    site: str
+    question: Question[Any]
+    sent: float
+    due: float
+    activated: str  # the node's start that it was sent to
+
+
+class Desk:
+    """All that one attempt at a run has under way.
+
+    Parameters
+    ----------
+    dropped
+        Told of each reply that does not count: the letter, and why. It came late, or it is a second one.
     """
-    content = to_record(request)
-    messages = [
-        Message(content=content, dst_node_id=node, message_type=FLOWER_TYPES[kind], group_id=group) for node in nodes
-    ]
-    down = size(messages[0]) if messages else 0
-    started = time.monotonic()
-    sent = dict(zip(grid.push_messages(messages), nodes, strict=True))
-    while sent:
-        replies = list(grid.pull_messages(list(sent)))
-        for message in replies:
-            node = sent.pop(message.metadata.reply_to_message_id, None)
-            if node is None:  # a second reply to one request: the first one counts
+
+    def __init__(self, grid: Grid, dropped: Callable[[Letter, str], None]) -> None:
+        self._grid, self._dropped = grid, dropped
+        self.online: dict[int, Node] = {}  # as of the last look
+        self._under_way: dict[str, Letter] = {}
+        self._answered: dict[str, Letter] = {}  # of the question asked last
+        self._inbox: list[Answer[Any]] = []  # answers to what was posted
+
+    def look(self) -> dict[int, Node]:
+        """See who is connected, and forget what was sent to a node that was started anew since."""
+        self.online = mail.connected(self._grid)
+        for key, letter in list(self._under_way.items()):
+            node = self.online.get(letter.node)
+            if node is not None and node.activated != letter.activated:
+                del self._under_way[key]
+        return self.online
+
+    def asked(self, question: Question[Any]) -> set[int]:
+        """Return the nodes that a question is under way to."""
+        return {letter.node for letter in self._under_way.values() if letter.question is question}
+
+    def owing(self, but: Question[Any] | None = None) -> set[int]:
+        """Return the nodes at work on a question of a round, other than this one: a new one would wait behind it."""
+        letters = self._under_way.values()
+        return {each.node for each in letters if each.question.kind != "join" and each.question is not but}
+
+    def ask(self, question: Question[R], nodes: Mapping[int, str], deadline: float) -> Iterator[Answer[R]]:
+        """Ask nodes (with their sites' names), and yield one answer each, in order of arrival.
+
+        A node that was asked the same question before and still owes the answer is waited for, not asked twice; one
+        that has forgotten it, or whose message was lost, is asked again. Nodes that have not answered `deadline`
+        seconds from now are yielded last, as timeouts; what they send later is dropped, unless the question is asked
+        again. A reply that is there when it is looked for is in time.
+        """
+        started = heard = looked = time.monotonic()
+        missing, lost = dict(nodes), set[int]()
+        self._answered.clear()
+        while missing:
+            for node in self._send(question, missing, started + deadline):
+                del missing[node]
+                yield Answer(node, "failed", None, UNSENT, 0.0, question.bytes, 0)
+            quiet = True
+            for message in self._fetch(question):
+                if (letter := self._sort(message, question, missing)) is None:
+                    continue
+                quiet, heard = False, time.monotonic()
+                if message.has_error() and message.error.code in LOST and letter.node not in lost:
+                    lost.add(letter.node)
+                    continue
+                del missing[letter.node]
+                yield _read(message, letter)
+            now = time.monotonic()
+            if not quiet:
                 continue
-            yield _read(message, node, expected, time.monotonic() - started, down)
-        if sent and not replies:
-            if time.monotonic() - started > deadline:
+            if now - started > deadline:
                 break
-            time.sleep(POLL)
-    for node in sent.values():
-        yield Answer(node, "timeout", None, f"no reply within {deadline:g} s (federation.deadline).", deadline, down, 0)
+            if now - looked > LOOK:
+                looked = now
+                self.look()
+            time.sleep(min(SLOW, max(QUICK, PACE * (now - heard))))
+        for node in missing:
+            reason = f"no reply within {deadline:g} s (federation.deadline)."
+            yield Answer(node, "timeout", None, reason, deadline, question.bytes, 0)
+
+    def post(self, question: Question[Any], nodes: Mapping[int, str]) -> None:
+        """Send a question that nobody waits for; `collect` gives its answers."""
+        for node in self._send(question, nodes, math.inf):
+            self._inbox.append(Answer(node, "failed", None, UNSENT, 0.0, question.bytes, 0))
+
+    def collect(self) -> list[Answer[Any]]:
+        """Return the answers to what was posted that have come since the last call, and drop what has come late."""
+        heard = True
+        while heard and self._under_way:
+            heard = False
+            for message in self._fetch(None):
+                heard = True
+                self._sort(message, None, {})
+        inbox, self._inbox = self._inbox, []
+        return inbox
+
+    def _send(self, question: Question[Any], nodes: Mapping[int, str], due: float) -> list[int]:
+        """Send a question to those of `nodes` that it is not under way to; return those whom it cannot be sent to."""
+        asked = self.asked(question)
+        wanted = [node for node in nodes if node not in asked]
+        sent = mail.push(self._grid, question.kind, question.number, question.content, wanted)
+        for node, key in sent.items():
+            activated = self.online[node].activated if node in self.online else ""
+            self._under_way[key] = Letter(node, nodes[node], question, time.monotonic(), due, activated)
+        return [node for node in wanted if node not in sent]
+
+    def _fetch(self, question: Question[Any] | None) -> Iterator[Message]:
+        """Yield what has come, answers to `question` first; a share is as large as that one's honest replies allow."""
+        ids = sorted(self._under_way, key=lambda key: self._under_way[key].question is not question)
+        largest = max((letter.question.largest for letter in self._under_way.values()), default=SMALL)
+        return mail.fetch(self._grid, ids, largest)
+
+    def _sort(self, message: Message, question: Question[Any] | None, missing: Mapping[int, str]) -> Letter | None:
+        """Return the letter that a message answers if it is awaited; keep, or drop, any other."""
+        key = message.metadata.reply_to_message_id
+        letter = self._under_way.pop(key, None)
+        if letter is None:
+            if key in self._answered:
+                self._dropped(self._answered[key], "it answered twice; the first answer counts.")
+            return None
+        if letter.question is question and letter.node in missing:
+            self._answered[key] = letter
+            return letter
+        if letter.question.kind == "join":
+            self._inbox.append(_read(message, letter))
+        elif message.has_content():  # else Flower's own word that nothing will come
+            late = time.monotonic() - letter.due
+            self._dropped(letter, f"its answer came {late:.1f} s after the deadline and is not used.")
+        return None
 
 
-def _read(message: Message, node: int, expected: type[R], seconds: float, down: int) -> Answer[R]:
+def _read(message: Message, letter: Letter) -> Answer[Any]:
+    """Read what a node sent, or say why it cannot be read."""
+    seconds, question = time.monotonic() - letter.sent, letter.question
     if message.has_error():
-        return Answer(
-            node,
-            "failed",
-            None,
-            (message.error.reason or "").partition("\n")[0][:LONGEST] or f"Flower error {message.error.code}.",
-            seconds,
-            down,
-            0,
-        )
+        reason = (message.error.reason or "").partition("\n")[0][:LONGEST] or f"Flower error {message.error.code}."
+        return Answer(letter.node, "failed", None, reason, seconds, question.bytes, 0)
     up = size(message)
     try:
-        reply: R | Refusal = from_record(message.content, expected, Refusal)
+        if up > question.largest:
+            raise MessageError(f"the reply has {up} bytes, and at most {question.largest} are expected.")
+        reply = from_record(message.content, question.expected, Refusal)
     except MessageError as error:
-        return Answer(node, "failed", None, str(error), seconds, down, up)
+        return Answer(letter.node, "failed", None, str(error), seconds, question.bytes, up)
     if isinstance(reply, Refusal):
-        outcome = REFUSALS.get(reply.outcome, "failed")
-        return Answer(node, outcome, None, reply.reason, seconds, down, up)
-    return Answer(node, "ok", reply, None, seconds, down, up)
+        return Answer(
+            letter.node, REFUSALS.get(reply.outcome, "failed"), None, reply.reason, seconds, question.bytes, up
+        )
+    return Answer(letter.node, "ok", reply, None, seconds, question.bytes, up)

@@ -4,71 +4,62 @@ A round is either in the history with its checkpoint on disk, or it did not happ
 next attempt goes on after the last committed round; sites resend what they had answered.
 """
 
-import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from flwr.serverapp import Grid
 
-from server import checkpoints, joining, optimization, selection
+from server import checkpoints, ending, optimization, replies, selection
 from server.aggregation import Fold, UpdateError
-from server.dispatch import Answer, ask
+from server.dispatch import SMALL, Answer, Desk, Letter, Question
 from server.evaluation import TestSet
 from server.history.records import Kind, Metric, Participation, Round, Run, Spend
 from server.history.store import History
 from server.job import Job
+from server.joining import Roster
 from server.ledgers import Ledgers
 from server.observer import Observer
 from server.optimization import ServerState
-from shared import messages, metrics, models
-from shared.errors import RunFailedError, interrupted
-from shared.messages import EvaluateReply, EvaluateRequest, JoinReply, TrainReply, TrainRequest
+from server.patience import PATIENCE, insist
+from server.quorum import Quorum
+from shared import arrays, models
+from shared.errors import MachineError, RunFailedError
+from shared.messages import EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
 from shared.models import LoadedModel
 
 R = TypeVar("R")
 
 
+@dataclass
+class Seen:
+    """What a round has gathered for the history so far; what a site is asked twice, it answers once."""
+
+    participations: dict[tuple[str, Kind], Participation] = field(default_factory=dict)
+    metrics: list[Metric] = field(default_factory=list)
+    spends: list[Spend] = field(default_factory=list)
+
+
 class Campaign:
     """One attempt at a run: what stays the same from round to round."""
 
-    def __init__(self, job: Job, grid: Grid, history: History, observer: Observer, *, attempt: int) -> None:
-        self.job, self.grid, self.history, self.observer = job, grid, history, observer
+    def __init__(
+        self, job: Job, grid: Grid, history: History, observer: Observer, *, attempt: int, authenticated: bool
+    ) -> None:
+        self.job, self.history, self.observer = job, history, observer
         self.config = job.config
         self.model: LoadedModel = models.load(job.config)
         self.model.module.to(models.pick_device(job.device))
         self.test_set = None if job.test_set is None else TestSet(job.test_set, job.config, self.model)
-        self.sites: dict[int, JoinReply] = {}  # that joined
-        self.weights: dict[int, float] = {}
-        self.left_out: dict[int, str] = {}  # of those, the ones that are not asked again, and why
         last = history.last_round(job.run)
         resumed = last.number + 1 if last else 1
         self.ledgers = Ledgers(history, job.run, simulated=job.simulated, resumed=resumed if attempt > 1 else None)
-
-    def join(self) -> None:
-        """Ask every node whether it takes part in the whole run."""
-        self.sites = joining.join(self.job, self.model, self.grid, self.history, self.observer, self.ledgers)
-        self.weights = selection.weights(self.config, self.sites)
-
-    def asked(self, number: int) -> dict[int, JoinReply]:
-        """Return the sites that can still be asked.
-
-        Raises
-        ------
-        RunFailedError
-            Where too few are left: the others' budget is not spent on a round that cannot be.
-        """
-        sites = {node: reply for node, reply in self.sites.items() if node not in self.left_out}
-        if len(sites) < self.config.federation.min_sites:
-            raise RunFailedError(
-                f"round {number}: {len(sites)} of the federation.min_sites={self.config.federation.min_sites} sites are left: "
-                + "; ".join(f"{self.sites[node].site}: {reason}" for node, reason in self.left_out.items())
-            )
-        return sites
+        self.desk = Desk(grid, self._dropped)
+        self.roster = Roster(job, self.model, self.desk, history, observer, self.ledgers, authenticated=authenticated)
 
     def restore(self) -> tuple[int, ServerState]:
         """Return the last committed round's number and state; 0 and the start where there is none."""
@@ -79,35 +70,22 @@ class Campaign:
         optimization.check_base(state, self.model, self.config.model.name)
         return last.number, state
 
-    def train(self, number: int, state: ServerState, seen: "Seen") -> ServerState:
+    def train(self, number: int, state: ServerState, seen: Seen) -> ServerState:
         """Send the iterate out, fold the sites' updates in, and take the server's step."""
         name, settings, step = self.config.place(number)
         state = optimization.enter(state, name, self.model.names(name))
         request = TrainRequest(self.job.run, self.config.as_json(), number, state.iterate)
+        question = Question("train", number, request, TrainReply, largest=SMALL + 2 * arrays.nbytes(state.first))
         fold = Fold(state.first, unit=settings.learning_rate * settings.clipping_norm)  # shaped like the phase's arrays
-        folded = 0
-        nodes = selection.select(self.config, number, self.asked(number))
-        for answer in self._ask("train", number, request, TrainReply, nodes):
-            reply, error = answer.reply, answer.error
-            if reply is not None and (error := self._at_odds(reply, answer.node, number)) is None:
-                # Spent at the site, whether or not the update can be used.
-                seen.spends.append(self._spend(reply, answer.node))
-                error = self._doubted(reply, answer.node)
-                try:
-                    if error is None:
-                        fold.add(reply.update, self.weights[answer.node])
-                        folded += 1
-                except UpdateError as refused:
-                    error = str(refused)
-            self._saw(seen, number, "train", answer, error)
-        if folded < self.config.federation.min_sites:
-            raise RunFailedError(
-                f"round {number}: {folded} of the federation.min_sites={self.config.federation.min_sites} sites sent an update; "
-                + next(
-                    (f"{item.site}: {item.error}" for item in seen.participations if item.error),
-                    "no reason was given",
-                )
-            )
+        quorum = Quorum(self.job, self.roster, self.history, number)
+        nodes = quorum.cohort()
+        most = selection.largest(self.roster.sites.values())
+        while nodes:
+            for answer in self._ask(question, nodes):
+                error = self._folded(fold, answer, number, most, seen)
+                quorum.heard(answer, error)
+                self._saw(seen, number, "train", answer, error)
+            nodes = quorum.missing(question)
         with np.errstate(over="ignore", invalid="ignore"):  # looked at below
             moved = optimization.step(state, settings, fold.mean(), done=(step - 1) / settings.rounds)
         if not all(np.isfinite(array).all() for array in moved.iterate.values()):
@@ -117,142 +95,106 @@ class Campaign:
             )
         return moved
 
-    def evaluate(self, number: int, state: ServerState, seen: "Seen") -> None:
+    def evaluate(self, number: int, state: ServerState, seen: Seen) -> None:
         """Score what the round published: on the public test set, and by the sites' released histograms."""
         if self.test_set is not None:
             seen.metrics += self.test_set.score(state.published, whole=number == self.config.rounds)
         if not self.config.evaluated(number):
             return
         request = EvaluateRequest(self.job.run, self.config.as_json(), number, state.published)
+        question = Question("evaluate", number, request, EvaluateReply)
         total, variance = np.zeros(0), 0.0
-        nodes = sorted(self.sites.keys() - self.left_out.keys())
-        for answer in self._ask("evaluate", number, request, EvaluateReply, nodes):
-            reply, error = answer.reply, answer.error
-            if reply is not None and (error := self._at_odds(reply, answer.node, number)) is None:
-                seen.spends.append(self._spend(reply, answer.node))
-                counts, error = self._counts(reply), self._doubted(reply, answer.node)
+        self.desk.look()
+        for answer in self._ask(question, {node: site.site for node, site in sorted(self.roster.able().items())}):
+            reply, error = answer.reply, self._checked(answer, number, seen)
+            if reply is not None and error is None:
+                counts = replies.counts(reply, self.config)
                 if counts is None:
-                    error = error or "the histogram is not the one that was asked for."
-                elif error is None:
-                    seen.metrics += _validation(counts, reply.noise_multiplier, self.sites[answer.node].site)
+                    error = "the histogram is not the one that was asked for."
+                else:
+                    seen.metrics += replies.validation(counts, reply.noise_multiplier, reply.site)
                     total = counts if total.size == 0 else total + counts
                     variance += reply.noise_multiplier**2
             self._saw(seen, number, "evaluate", answer, error)
         if total.size:
-            seen.metrics += _validation(total, variance**0.5, None)
+            seen.metrics += replies.validation(total, variance**0.5, None)
 
-    def _counts(self, reply: EvaluateReply) -> npt.NDArray[np.float64] | None:
-        """Return the reply's histogram, or None where it is another than was asked for."""
-        labels, bins = len(self.config.task.labels), self.config.evaluation.confidence_bins
-        counts = reply.histogram.get("counts")
-        if len(reply.histogram) != 1 or counts is None or counts.shape != (labels, labels, bins):
-            return None
-        return counts.astype(np.float64) if np.isfinite(counts).all() else None
-
-    def _at_odds(self, reply: TrainReply | EvaluateReply, node: int, number: int) -> str | None:
-        """Say what is wrong with a reply's public values, before any of them is used or kept."""
-        if reply.site != self.sites[node].site or reply.round != number:
-            return f"the reply is of site {reply.site!r} and round {reply.round}, not of {self.sites[node].site!r} and {number}."
-        plausible = reply.epsilon >= 0 and 0 <= reply.noise_multiplier < math.inf  # false for what is no number
-        if isinstance(reply, TrainReply):
-            plausible = plausible and 0 < reply.sampling_rate <= 1 and 1 <= reply.steps <= messages.LARGEST
-        if not plausible:
-            return "the reply's epsilon, noise multiplier, sampling rate or steps are no such values."
-        return messages.implausible(reply)
-
-    def _doubted(self, reply: TrainReply | EvaluateReply, node: int) -> str | None:
-        """Say what is wrong with the ledger that a reply comes from; its site is not asked again."""
-        error = self.ledgers.at_reply(reply, self.sites[node])
-        if error is not None:
-            self._leave_out(node, error)
-        return error
-
-    def _leave_out(self, node: int, reason: str) -> None:
-        self.left_out[node] = reason
-        text = f"site {self.sites[node].site} is not asked again in this attempt: {reason}"
-        self.history.add_event(self.job.run, "warning", text)
-
-    def _ask(
-        self, kind: Kind, number: int, request: object, expected: type[R], nodes: list[int]
-    ) -> Iterable[Answer[R]]:
-        group, deadline = str(number), self.config.federation.deadline
+    def _ask(self, question: Question[R], nodes: Mapping[int, str]) -> Iterable[Answer[R]]:
         self.ledgers.look()
-        return ask(self.grid, kind, nodes, request, expected, group=group, deadline=deadline)
+        self.observer.asked(question.number, question.kind, list(nodes.values()))
+        return self.desk.ask(question, nodes, self.config.federation.deadline)
+
+    def _folded(self, fold: Fold, answer: Answer[TrainReply], number: int, most: int, seen: Seen) -> str | None:
+        """Fold an update in, or say why it cannot be."""
+        error = self._checked(answer, number, seen)
+        if answer.reply is None or error is not None:
+            return error
+        try:
+            fold.add(answer.reply.update, selection.weight(self.config, self.roster.sites[answer.node], most))
+        except UpdateError as refused:
+            return str(refused)
+        return None
+
+    def _checked(self, answer: Answer[TrainReply] | Answer[EvaluateReply], number: int, seen: Seen) -> str | None:
+        """Say what is wrong with an answer or the ledger that it comes from, and keep what it has cost."""
+        reply, site = answer.reply, self.roster.sites[answer.node]
+        if reply is None:
+            return answer.error
+        if (error := replies.at_odds(reply, site, number)) is not None:
+            return error
+        # Spent at the site, whether or not the reply can be used.
+        seen.spends.append(replies.spend(reply, site, self.config))
+        if (error := self.ledgers.at_reply(reply, site)) is not None:
+            self.roster.leave_out(answer.node, error)
+        return error
 
     def _saw(
         self,
-        seen: "Seen",
+        seen: Seen,
         number: int,
         kind: Kind,
         answer: Answer[TrainReply] | Answer[EvaluateReply],
         error: str | None,
     ) -> None:
         outcome = "failed" if error is not None and answer.outcome == "ok" else answer.outcome
-        site = self.sites[answer.node].site
+        site = self.roster.sites[answer.node].site
         if outcome == "exhausted":
-            self._leave_out(answer.node, error or "its budget is spent")
-        seen.participations.append(
-            Participation(site, kind, outcome, answer.seconds, answer.bytes_down, answer.bytes_up, error)
-        )
+            self.roster.leave_out(answer.node, error or "its budget is spent")
+        before = seen.participations.get((site, kind))
+        # Asked twice: a refusal does not undo that the site may have been charged the first time.
+        if before is None or outcome == "ok" or before.outcome not in ("timeout", "failed"):
+            item = Participation(site, kind, outcome, answer.seconds, answer.bytes_down, answer.bytes_up, error)
+            seen.participations[site, kind] = item
         self.observer.answered(number, kind, site, outcome, error)
 
-    def _spend(self, reply: TrainReply | EvaluateReply, node: int) -> Spend:
-        site, privacy = self.sites[node], self.config.privacy
-        rate, steps, gradients = 1.0, 1, ""  # of a histogram, over all validation records
-        if isinstance(reply, TrainReply):
-            rate, steps, gradients = reply.sampling_rate, reply.steps, reply.gradients
-        return Spend(
-            site=site.site,
-            dataset=site.dataset,
-            part="train" if isinstance(reply, TrainReply) else "validation",
-            epsilon=reply.epsilon,
-            delta=privacy.delta,
-            noise_multiplier=reply.noise_multiplier,
-            sampling_rate=rate,
-            steps=steps,
-            budget=privacy.epsilon,
-            mechanism=reply.mechanism,
-            noise_source=reply.noise_source,
-            gradients=gradients,
-            ledger_id=reply.ledger_id,
-            ledger_number=reply.ledger_number,
-            ledger_head=reply.ledger_head,
-        )
-
-
-@dataclass
-class Seen:
-    """What a round has gathered for the history so far."""
-
-    participations: list[Participation]
-    metrics: list[Metric]
-    spends: list[Spend]
-
-
-def _validation(counts: np.ndarray, noise: float, site: str | None) -> list[Metric]:
-    return [
-        Metric("validation", site, score.name, score.value, score.low, score.high)
-        for score in metrics.scores(counts, noise)
-    ]
+    def _dropped(self, letter: Letter, why: str) -> None:
+        """Record an answer that is not used, with the round that it answers."""
+        number, kind = letter.question.number, letter.question.kind
+        self.history.add_event(self.job.run, "warning", f"site {letter.site}, round {number} ({kind}): {why}")
+        self.observer.late(number, kind, letter.site, why)
 
 
 def play(campaign: Campaign, number: int, state: ServerState, attempt: int) -> tuple[ServerState, Round]:
     """Play one round and commit it."""
+    job = campaign.job
+    ending.check_stop(job, campaign.history)
     started, clock = datetime.now(UTC), time.monotonic()
     phase, _, _ = campaign.config.place(number)
     campaign.observer.round_started(number, phase)
-    seen = Seen([], [], [])
+    campaign.roster.welcome(number)
+    seen = Seen()
     state = campaign.train(number, state, seen)
     campaign.evaluate(number, state, seen)
+    write = partial(checkpoints.write, job.checkpoints, state)
     done = Round(
-        run=campaign.job.run,
+        run=job.run,
         number=number,
         attempt=attempt,
         phase=phase,
         started_at=started,
         seconds=time.monotonic() - clock,
-        checkpoint=checkpoints.write(campaign.job.checkpoints, state),
-        participations=tuple(seen.participations),
+        checkpoint=insist(write, MachineError, patience=PATIENCE if job.supervised else 0.0),
+        participations=tuple(seen.participations.values()),
         metrics=tuple(seen.metrics),
         spends=tuple(seen.spends),
     )
@@ -261,8 +203,13 @@ def play(campaign: Campaign, number: int, state: ServerState, attempt: int) -> t
     return state, done
 
 
-def run(job: Job, grid: Grid, history: History, observer: Observer, *, engine: str) -> Run:
+def run(job: Job, grid: Grid, history: History, observer: Observer, *, engine: str, authenticated: bool = False) -> Run:
     """Play all rounds that are left, and return the finished run.
+
+    Parameters
+    ----------
+    authenticated
+        The grid's nodes prove themselves by keys, which the history knows the sites of.
 
     Raises
     ------
@@ -271,10 +218,10 @@ def run(job: Job, grid: Grid, history: History, observer: Observer, *, engine: s
     """
     attempt = history.start_attempt(job.run, engine=engine)
     try:
-        campaign = Campaign(job, grid, history, observer, attempt=attempt.number)
+        campaign = Campaign(job, grid, history, observer, attempt=attempt.number, authenticated=authenticated)
         last, state = campaign.restore()
-        campaign.join()
-        observer.run_started(history.run(job.run), list(campaign.sites.values()))
+        campaign.roster.start()
+        observer.run_started(history.run(job.run), list(campaign.roster.sites.values()))
         kept = [item.checkpoint.digest for item in history.rounds(job.run)]
         for number in range(last + 1, job.config.rounds + 1):
             state, played = play(campaign, number, state, attempt.number)
@@ -282,10 +229,7 @@ def run(job: Job, grid: Grid, history: History, observer: Observer, *, engine: s
             newest = set(kept[-job.config.federation.keep_checkpoints :])
             checkpoints.prune(job.checkpoints, newest, before=played.started_at)
     except BaseException as error:
-        outcome: Literal["stopped", "failed"] = "stopped" if interrupted(error) else "failed"
-        reason = "interrupted by a person or a signal" if outcome == "stopped" else str(error) or type(error).__name__
-        history.end_attempt(job.run, attempt.number, outcome, reason)
-        history.finish_run(job.run, outcome, attempt=attempt.number)
+        ending.close(job, history, attempt.number, error)
         raise
     history.end_attempt(job.run, attempt.number, "completed")
     history.finish_run(job.run, "completed", attempt=attempt.number)

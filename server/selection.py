@@ -1,6 +1,7 @@
 """Who takes part in a round, and how much a reply weighs. Both rest on public values alone."""
 
 import random
+from collections.abc import Iterable
 
 from shared.messages import JoinReply
 from shared.run_config import RunConfig
@@ -16,9 +17,11 @@ def select(config: RunConfig, number: int, sites: dict[int, JoinReply]) -> list[
     return sorted(drawn, key=lambda node: sites[node].site)
 
 
-def weights(config: RunConfig, sites: dict[int, JoinReply]) -> dict[int, float]:
-    """Return each node's weight in (0, 1]: 1, or its declared size over the largest."""
-    if config.federation.weighting == "uniform":
-        return dict.fromkeys(sites, 1.0)
-    largest = max(reply.records for reply in sites.values())
-    return {node: reply.records / largest for node, reply in sites.items()}
+def largest(sites: Iterable[JoinReply]) -> int:
+    """Return the largest declared size."""
+    return max(site.records for site in sites)
+
+
+def weight(config: RunConfig, site: JoinReply, most: int) -> float:
+    """Return a reply's weight: 1, or the site's declared size over the largest."""
+    return 1.0 if config.federation.weighting == "uniform" else site.records / most

@@ -40,6 +40,10 @@ class DatabaseError(MoonflowerError):
     exit_code = 2
 
 
+class DatabaseAwayError(DatabaseError):
+    """The database does not answer, or cannot write, for now: the same call may work later."""
+
+
 class NotFoundError(MoonflowerError):
     """A run, a round or a checkpoint that was asked for does not exist."""
 

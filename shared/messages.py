@@ -264,15 +264,18 @@ def from_bytes(data: bytes, *kinds: type[M]) -> M:
 
 
 def size(message: Message) -> int:
-    """Bytes of a message's content; 0 for one that carries none.
+    """Bytes of a message's content; 0 for one that carries none."""
+    return content_size(message.content) if message.has_content() else 0
+
+
+def content_size(content: RecordDict) -> int:
+    """Bytes of a message's content.
 
     Values are counted here, arrays by Flower: its own count fails on empty texts and lists, and a site may
     send those.
     """
-    if not message.has_content():
-        return 0
     counted = 0
-    for record in message.content.values():
+    for record in content.values():
         if isinstance(record, ArrayRecord):
             counted += record.count_bytes()
         else:

@@ -61,6 +61,7 @@ clientapp = "client.app:app"
 run = ""
 database = ""
 engine = "flower"
+authenticated = true
 """
 
 
@@ -101,6 +102,7 @@ class Flower:
 
     def __init__(self, address: str, ca: Path | None, secret: bytes) -> None:
         root, insecure = None if ca is None else ca.read_bytes(), ca is None
+        self._authenticated = not insecure  # --insecure: nodes without keys that anyone has enrolled
         version = RuntimeVersionHttpInterceptor(component_name="moonflower")
         acquiring = SuperExecAuthHttpInterceptor(
             master_secret=secret, protected_methods={"/flwr.proto.Runtime/AcquireTask"}
@@ -142,7 +144,7 @@ class Flower:
 
     def start(self, folder: Path) -> Started:
         """Enter a Flower run for the Moonflower run in `folder`, and take its ServerApp's task."""
-        config = user_config_to_proto({"run": str(folder)})
+        config = user_config_to_proto({"run": str(folder), "authenticated": self._authenticated})
         request = StartRunRequest(fab=self._bundle, override_config=config)
         run = int(_asked(lambda: self._control.StartRun(request)).run_id)
         if not run:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, StaticPool, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
 
-from shared.errors import DatabaseError
+from shared.errors import DatabaseAwayError, DatabaseError
 
 BUSY_SECONDS = 30
 FORMS = "use sqlite:///PATH or postgresql://USER@HOST/NAME"
@@ -110,4 +110,6 @@ def explain(error: SQLAlchemyError, url: URL) -> DatabaseError:
     first = said.splitlines()[0] if said else type(error).__name__
     signs = {} if isinstance(error, IntegrityError) else REMEDIES  # that one quotes our own values
     remedy = next((text for sign, text in signs.items() if sign in said), first)
-    return DatabaseError(f"The database {masked(url)}: {remedy}.")
+    away = isinstance(error, OperationalError | InterfaceError)  # no connection, no lock, no room
+    kind = DatabaseAwayError if away else DatabaseError
+    return kind(f"The database {masked(url)}: {remedy}.")

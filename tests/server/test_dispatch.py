@@ -7,7 +7,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from server.dispatch import ask
+from server.dispatch import Desk, Question
 from shared import messages
 from shared.messages import JoinReply, JoinRequest, Refusal, TrainReply, TrainRequest
 from simulations.grid import InProcessGrid
@@ -47,8 +47,22 @@ class Federation(InProcessGrid):
         return super().pull_messages([waiting[node] for node in ready])
 
 
+def question(**settings):
+    return Question("train", 2, REQUEST, TrainReply, **settings)
+
+
+def desk_of(grid):
+    dropped = []
+    desk = Desk(grid, lambda letter, why: dropped.append((letter.site, letter.question.number, why)))
+    return desk, dropped
+
+
+def named(nodes):
+    return {node: f"site-{node}" for node in nodes}
+
+
 def train(grid, nodes=(1, 2, 3), deadline=5.0):
-    return list(ask(grid, "train", nodes, REQUEST, TrainReply, group="2", deadline=deadline))
+    return list(desk_of(grid)[0].ask(question(), named(nodes), deadline))
 
 
 def test_replies_are_matched_to_their_nodes_in_whatever_order_they_come():
@@ -75,9 +89,7 @@ def test_an_answer_is_given_before_the_next_site_works():
         worked.append(node)
         return reply(f"site-{node}")
 
-    for number, _ in enumerate(
-        ask(Federation(answer), "train", [1, 2, 3], REQUEST, TrainReply, group="2", deadline=5), 1
-    ):
+    for number, _ in enumerate(desk_of(Federation(answer))[0].ask(question(), named([1, 2, 3]), 5), 1):
         assert len(worked) == number
 
 
@@ -186,5 +198,6 @@ def test_a_request_reaches_the_handler_of_its_kind():
         )
 
     request = JoinRequest("run-9", "{}", "0", "{}")
-    (answer,) = ask(InProcessGrid(app, {7: {}}), "join", [7], request, JoinReply, group="join", deadline=5)
+    asked = Question("join", 0, request, JoinReply)
+    (answer,) = desk_of(InProcessGrid(app, {7: {}}))[0].ask(asked, named([7]), 5)
     assert answer.reply == JoinReply("run-9", "d", 10, 0.1, "ab" * 16, 0, "0" * 64)

@@ -63,5 +63,7 @@ def test_draws_change_with_the_round_and_the_seed_and_reach_everyone():
 
 def test_weights_are_one_or_the_declared_size_over_the_largest():
     sites = joined([4, 5, 6], lambda number: [100, 400, 200][number])
-    assert selection.weights(config(), sites) == {4: 1.0, 5: 1.0, 6: 1.0}
-    assert selection.weights(config(weighting="declared"), sites) == {4: 0.25, 5: 1.0, 6: 0.5}
+    most = selection.largest(sites.values())
+    weigh = lambda settings: {node: selection.weight(settings, site, most) for node, site in sites.items()}  # noqa: E731
+    assert weigh(config()) == {4: 1.0, 5: 1.0, 6: 1.0}
+    assert weigh(config(weighting="declared")) == {4: 0.25, 5: 1.0, 6: 0.5}

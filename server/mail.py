@@ -1,0 +1,71 @@
+"""Flower's Grid as the coordinator uses it: who is connected, messages out, a bounded number of replies in.
+
+Whatever fails here is the machine's fault, or the network's: the attempt ends, and the next one goes on.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from flwr.app import DEFAULT_TTL, Message, RecordDict
+from flwr.serverapp import Grid
+
+from shared.errors import MachineError, MoonflowerError, let_interrupts_through
+from shared.messages import FLOWER_TYPES, Kind
+
+MEMORY = 64 * 2**20  # bytes of honest replies that are fetched at once
+LONGEST = 300  # characters of another library's error
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that is connected. `activated` changes when it was started anew, `public_key` is PEM; empty where unknown."""
+
+    id: int
+    activated: str = ""
+    public_key: bytes = b""
+
+
+def connected(grid: Grid) -> dict[int, Node]:
+    """Return the nodes that are connected now, by their ids."""
+    with _reached():
+        if (get_nodes := getattr(grid, "get_nodes", None)) is not None:  # of a real SuperLink
+            online = [Node(each.node_id, each.last_activated_at, each.public_key) for each in get_nodes()]
+        else:
+            online = [Node(node) for node in grid.get_node_ids()]
+    return {node.id: node for node in online}
+
+
+def push(grid: Grid, kind: Kind, number: int, content: RecordDict, nodes: Sequence[int]) -> dict[int, str]:
+    """Send one content to nodes; return the message's id for each node whose message was taken."""
+    if not nodes:
+        return {}
+    group = str(number) if number else "join"
+    messages = [Message(content, node, FLOWER_TYPES[kind], ttl=DEFAULT_TTL, group_id=group) for node in nodes]
+    with _reached():
+        ids = list(grid.push_messages(messages))
+        if not ids and len(messages) > 1:  # too large together; Flower says no more than that
+            ids = [(list(grid.push_messages([message])) or [""])[0] for message in messages]
+    return {node: key for node, key in zip(nodes, ids, strict=False) if key}
+
+
+def fetch(grid: Grid, ids: Sequence[str], largest: int) -> Iterator[Message]:
+    """Yield the replies that are there, fetched in shares of `MEMORY` by the size of an honest reply, at least one."""
+    share = max(1, MEMORY // largest)
+    for start in range(0, len(ids), share):
+        with _reached():
+            replies = list(grid.pull_messages(ids[start : start + share]))[::-1]
+        while replies:
+            yield replies.pop()
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    try:
+        yield
+    except MoonflowerError:
+        raise
+    except Exception as error:  # of httpx, of the SuperLink, of Flower
+        let_interrupts_through(error)
+        said = str(error).partition("\n")[0][:LONGEST]
+        raise MachineError(f"the SuperLink does not do its part ({type(error).__name__}: {said}).") from error
