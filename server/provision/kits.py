@@ -81,7 +81,7 @@ def site(federation: Federation, site: Site, ca: bytes, key: bytes) -> Files:
 def user(federation: Federation, token: Token, ca: bytes, secret: str) -> Files:
     """Make a user's kit, with the token's secret text."""
     name, place = federation.name, federation.coordinator
-    server = {"address": place.control, "ca": f"{name}.pem", "token": f"{name}.token"}
+    server = {"address": place.control, "ca": f"{name}.pem", "token_file": f"{name}.token"}
     tunnel = (
         f" It listens on its own machine alone: work there, or open a tunnel first with\n"
         f"`ssh -N -L {place.control_port}:localhost:{place.control_port} {place.hosts[0]}`."

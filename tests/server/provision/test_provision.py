@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from client import site as client_site
 from client.privacy.policy import Policy
+from server.control import target as connection
 from server.control import tokens
 from server.control.tokens import TokenError, Tokens
 from server.daemon import settings as server_settings
@@ -179,13 +180,22 @@ def test_whoever_has_a_kit_knows_the_coordinator_by_each_of_its_names(made: Path
         assert here.cipher() is not None
 
 
-def test_the_programs_read_what_the_kits_hold(made: Path) -> None:
+def test_the_programs_read_what_the_kits_hold(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SERVER", "CA", "TOKEN"):
+        monkeypatch.delenv(f"MOONFLOWER_{name}", raising=False)
+    monkeypatch.setenv("MOONFLOWER_SERVERS", str(made / "users/ada/servers.toml"))
     site = client_site.load(made / "sites/st-marys/site.toml")
     assert (site.name, site.dataset.validation, site.privacy.max_releases) == ("st-marys", 0.2, 100)
+    assert site.coordinator is not None
+    assert (site.coordinator.name, site.coordinator.address) == ("north", "coordinator.example.org:9443")
+    assert site.coordinator.key == made / "sites/st-marys/site.key"
     assert site.dataset.path == made / "sites/st-marys/notes.jsonl"
     settings = server_settings.load(made / "coordinator/server.toml")
     assert (settings.name, settings.gateway.port, settings.control.host) == ("north", 9443, "127.0.0.1")
     assert settings.database == "postgresql://moonflower:hidden-word@db.example.org/history"
+    target = connection.find(None, None, None, insecure=False)
+    assert (target.address, target.ca) == ("127.0.0.1:9444", (made / "authority/ca.pem").read_bytes())
+    assert target.token == (made / "users/ada/north.token").read_text().strip()
     assert all(path.exists() for path in (settings.tls.ca, settings.tls.certificate, settings.tls.key, settings.tokens))
 
 
@@ -213,7 +223,7 @@ def test_a_readme_says_three_commands_and_leaves_no_gap(made: Path) -> None:
         commands = text.partition("## Three commands")[2].partition("\n## ")[0]
         assert len([line for line in commands.splitlines() if line.startswith("    ")]) == 3
         assert command in commands
-        assert "$" not in text
+        assert "$" not in text.replace("$PWD", "")
         assert not any(line != line.rstrip() for line in text.splitlines())
 
 
