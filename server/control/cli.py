@@ -4,6 +4,7 @@ gRPC is imported by the command that needs it, so that `--help` stays quick.
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -74,6 +75,7 @@ def _options(*others: Callable[[Command], Command], csv: bool = False) -> Callab
 
 
 def _client(server: str | None, ca: Path | None, token_file: Path | None, insecure: bool) -> "Client":
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what gRPC says of a failed connection is said once, as an error
     from server.control import target
     from server.control.client import Client
 

@@ -22,7 +22,7 @@ log = logging.getLogger("moonflower.control")
 SERVICE = "moonflower.v1.Coordinator"
 VIEWERS = {  # what a viewer may call; everything else, whatever is added, takes an admin
     *(f"/{SERVICE}/{name}" for name in ("ListRuns", "GetRun", "WatchRun", "ListSites")),
-    *(f"/grpc.health.v1.Health/{name}" for name in ("Check", "List", "Watch")),
+    *(f"/grpc.health.v1.Health/{name}" for name in ("Check", "Watch")),
 }
 DEADLINE = 60.0  # seconds for a call with one answer
 CODES: dict[type[MoonflowerError], grpc.StatusCode] = {
