@@ -31,12 +31,12 @@ def make(source: Source, form: str, base: Base) -> str:
     """Write the card of an export."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
-        autoescape=False,  # noqa: S701 - Markdown; texts of others go through `words.plain`, on one line
+        autoescape=False,  # noqa: S701 - Markdown, in which `_quoted` does it
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        finalize=lambda value: " ".join(words.plain(value).splitlines()) if type(value) is str else value,
+        finalize=lambda value: _quoted(value) if type(value) is str else value,
     )
     return environment.get_template("card.jinja").render(
         front=_Block(_front(source, form, base)),
@@ -62,6 +62,12 @@ def make(source: Source, form: str, base: Base) -> str:
         | {name: version(name) for name in PACKAGES},
         epsilon=words.epsilon,
     )
+
+
+def _quoted(text: str) -> str:
+    """Keep other people's text on one line, in one cell, and no markup."""
+    line = " ".join(words.plain(text).splitlines())
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 class _Block(str):

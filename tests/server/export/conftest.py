@@ -47,11 +47,13 @@ Train = Callable[..., Trained]
 
 @pytest.fixture(scope="module")
 def train(tiny_scenario: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
-    """Play the tiny scenario with other settings; `play=False` only lays it out."""
+    """Play the tiny scenario with other settings; `play=False` only lays it out; `cache` has packages."""
     opened: list[History] = []
 
-    def make(*, play: bool = True, **settings: Any) -> Trained:
+    def make(*, play: bool = True, cache: Path | None = None, **settings: Any) -> Trained:
         home = tmp_path_factory.mktemp("home")
+        if cache is not None:
+            (home / "cache").symlink_to(cache)
         history = History.open(f"sqlite:///{home / 'history.db'}")
         opened.append(history)
         settings = {"hardware__precision": "float32", **settings}  # the scores that float32 code gives again

