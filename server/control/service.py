@@ -119,10 +119,11 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
                 after = value.id
             if len(page) == PAGE:
                 continue
-            if now != told:
+            finished = now.status in FINISHED
+            if now != told or finished:
                 yield pb.WatchRunResponse(run=wire.message(pb.Run, now))
                 told = now
-            if now.status in FINISHED:
+            if finished:
                 return
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.closing.wait(), POLL)
