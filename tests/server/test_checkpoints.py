@@ -20,7 +20,7 @@ PAST, FUTURE = datetime(2000, 1, 1, tzinfo=UTC), datetime.now(UTC) + timedelta(d
 
 def state(seed=0, size=1000) -> ServerState:
     array = np.random.default_rng(seed).normal(size=size).astype(np.float32)
-    return enter(start({"head.weight": array, "head.bias": array[:3]}), "training", ("head.bias",))
+    return enter(start({"head.weight": array, "head.bias": array[:3]}, "ba5e"), "training", ("head.bias",))
 
 
 def test_a_checkpoint_is_named_by_the_digest_of_its_file(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from safetensors.numpy import load_file, save_file
 
 import client.app
 from client import answers
@@ -23,7 +24,7 @@ from server.history.records import Ledger
 from server.history.store import History
 from server.observer import Log
 from shared import accounting, messages, plan
-from shared.errors import ConfigError, NotFoundError, RunFailedError
+from shared.errors import ConfigError, ModelError, NotFoundError, RunFailedError
 from shared.messages import EvaluateReply, JoinReply, Refusal, TrainReply
 from simulations import prepare, scenario
 from simulations.grid import InProcessGrid
@@ -695,6 +696,19 @@ def test_a_reply_whose_words_are_none_is_recorded_as_failed(fresh, lie):
     assert outcome == "failed"
     assert "the reply's" in error
     assert error.isprintable()
+
+
+def test_a_run_does_not_resume_on_another_base_model(federate, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    federation = federate(**{"model.name": str(tmp_path / "model")})
+    with pytest.raises(KeyboardInterrupt):
+        federation.play(Stop("committed", 1))
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][7, 3] += 1e-3
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="is not the model that the run began with"):
+        federation.play()
+    assert len(federation.digests()) == 1
 
 
 def test_a_site_whose_budget_another_run_spends_meanwhile_is_exhausted_and_the_first_run_goes_on_without_it(federate):
