@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import tomli_w
@@ -101,8 +101,14 @@ class SuperLink:
             self.child.stop(5)
             self.child = None
 
-    def flwr(self, *arguments: str, address: str | None = None, ca: Path | None = None) -> dict[str, Any]:
-        """Run a flwr command against it, or against another address, and return its JSON."""
+    def command(self, *arguments: str, address: str | None = None, ca: Path | None = None) -> dict[str, Any]:
+        """Run a flwr command against it, or against another address, and return its JSON.
+
+        Raises
+        ------
+        ValueError
+            Where it failed, which `flwr` says in words or in JSON.
+        """
         connection = {"address": address or self.address, "root-certificates": str(ca or self.tls.ca)}
         home = self.folder / "homes" / connection["address"].replace(":", "-")
         home.mkdir(parents=True, exist_ok=True)
@@ -114,20 +120,24 @@ class SuperLink:
             text=True,
             timeout=60,
         )
-        found: dict[str, Any] = json.loads(done.stdout)
+        try:
+            found: dict[str, Any] = json.loads(done.stdout)
+        except ValueError:
+            found = {"success": False}
+        if not found["success"]:
+            raise ValueError(f"flwr {' '.join(arguments)}: {done.stdout} {done.stderr}")
         return found
 
     def register(self, site: Site) -> int:
         """Make a site's key known to the SuperLink, and return its node id."""
         public = self.folder / f"{site.name}.pub"
         public.write_text(site.public)
-        answer = self.flwr("supernode", "register", str(public), "--name", site.name)
-        assert answer["success"], answer
+        answer = self.command("supernode", "register", str(public), "--name", site.name)
         return int(answer["node-id"])
 
     def online(self) -> set[int]:
         """Return the ids of the nodes that are online."""
-        answer = self.flwr("supernode", "list")
+        answer = self.command("supernode", "list")
         return {int(node["node-id"]) for node in answer["nodes"] if node["status"] == "online"}
 
     def _answers(self) -> bool:
@@ -145,6 +155,7 @@ class Door:
         self, upstream: str, upstream_ca: Path | None, tls: Loopback | None, enrolled: Enrolled | None, limits: Limits
     ):
         self.tls, self.enrolled = tls, enrolled
+        self.trust = ssl.create_default_context(cafile=str(tls.ca)) if tls else None
         self.gateway = Gateway(
             *("127.0.0.1", 0, tls and tls.certificate, tls and tls.key),
             *(upstream, upstream_ca, limits, enrolled),
@@ -265,14 +276,23 @@ def head(method: str, target: str, headers: Mapping[str, str], version: str = "1
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
-def dial(door: Door, source: str = "127.0.0.1", timeout: float = 10.0) -> socket.socket:
+class Reachable(Protocol):
+    """A door that can be dialled, in this process or in one of its own."""
+
+    trust: ssl.SSLContext | None
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+
+
+def dial(door: Reachable, source: str = "127.0.0.1", timeout: float = 10.0) -> socket.socket:
     """Connect to a door, by TLS if it has it, from an address of this machine."""
     raw = socket.create_connection(("127.0.0.1", door.port), timeout, source_address=(source, 0))
-    if door.tls is None:
+    if door.trust is None:
         return raw
-    context = ssl.create_default_context(cafile=str(door.tls.ca))
     try:
-        return context.wrap_socket(raw, server_hostname="127.0.0.1")
+        return door.trust.wrap_socket(raw, server_hostname="127.0.0.1")
     except OSError:
         raw.close()
         raise
@@ -287,7 +307,7 @@ def read_all(client: socket.socket) -> bytes:
     return received
 
 
-def exchange(door: Door, request: bytes, source: str = "127.0.0.1") -> bytes:
+def exchange(door: Reachable, request: bytes, source: str = "127.0.0.1") -> bytes:
     """Send bytes, and return all that comes back until the door closes; b"" where it resets."""
     with dial(door, source) as client:
         with suppress(ConnectionError, ssl.SSLError):

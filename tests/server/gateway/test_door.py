@@ -156,16 +156,15 @@ def test_a_busy_site_waits_its_turn_and_does_not_hold_up_another(
 ) -> None:
     other = new_site(tmp_path, "south")
     keys = {site.public: "north", other.public: "south"}
-    few = limits(requests_per_second=10, requests_in_flight=1000, connections_per_address=1000)
+    few = limits(requests_per_second=1)
     with opened_before_sink(Sink(), public_tls, keys, few) as door, client(door) as north, client(door) as south:
         begin = time.monotonic()
-        for _ in range(60):  # fifty at once, and ten a second from then on
+        for _ in range(8):  # five at once, and one a second from then on
             assert north.post(PULL, headers=signed(site), content=b"a").status_code == 200
-        assert 0.8 < time.monotonic() - begin < 5
-        begin = time.monotonic()
+        assert time.monotonic() - begin > 2.9
+        delayed = door.counts()["delayed"]
         assert south.post(PULL, headers=signed(other), content=b"a").status_code == 200
-        assert time.monotonic() - begin < 0.5
-        assert door.counts()["delayed"] >= 8
+        assert door.counts()["delayed"] == delayed
 
 
 def test_a_site_has_so_many_requests_in_flight_and_is_asked_to_try_again(site: Site, public_tls: Loopback) -> None:
@@ -197,15 +196,26 @@ def test_an_address_has_so_many_connections_and_others_are_not_concerned(site: S
 
 
 def test_an_address_opens_so_many_connections_a_second(site: Site, public_tls: Loopback) -> None:
-    few = Limits(connections_per_second=2)
+    few = Limits(connections_per_second=1)
     with opened_before_sink(Sink(), public_tls, {site.public: "north"}, few) as door:
-        for _ in range(10):
-            assert status(exchange(door, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", "127.0.0.2")) == 404
-        with pytest.raises(ConnectionResetError):
-            dial(door, "127.0.0.2")
+        with ExitStack() as stack:  # five at once, one a second from then on
+            begin = time.monotonic()
+            for _ in range(20):
+                stack.enter_context(socket.create_connection(("127.0.0.1", door.port), source_address=("127.0.0.2", 0)))
+            until(
+                lambda: door.counts().get("connections", 0) + door.counts().get("refused: rate of an address", 0) == 20
+            )
+            assert 5 <= door.counts()["connections"] <= 6 + time.monotonic() - begin
         assert status(exchange(door, post(site, connection="close"))) == 200
-        time.sleep(0.6)
-        dial(door, "127.0.0.2").close()
+        until(lambda: is_let_in(door, "127.0.0.2"), 5)
+
+
+def is_let_in(door: Door, source: str) -> bool:
+    try:
+        dial(door, source).close()
+    except ConnectionResetError:
+        return False
+    return True
 
 
 def test_when_full_the_oldest_stranger_gives_way_and_never_a_site(site: Site, public_tls: Loopback) -> None:
@@ -229,7 +239,7 @@ def test_whoever_is_slow_with_a_head_is_cut_off(sent: bytes, public_tls: Loopbac
         connection.sendall(sent)
         begin = time.monotonic()
         assert is_cut_off(connection)
-        assert 0.1 < time.monotonic() - begin < 2
+        assert 0.1 < time.monotonic() - begin < 5
         assert door.counts()["refused: slow"] == 1
 
 
@@ -240,7 +250,7 @@ def test_a_head_that_trickles_is_cut_off_all_the_same(public_tls: Loopback) -> N
             for byte in b"POST /v1/fleet/pull-messages HTTP/1.1\r\nx: " + b"y" * 1000:
                 connection.sendall(bytes([byte]))
                 time.sleep(0.02)
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 8
 
 
 def test_a_head_that_does_not_end_is_refused(public_tls: Loopback) -> None:
@@ -268,7 +278,7 @@ def test_a_body_that_trickles_is_cut_off_and_a_steady_one_is_not(site: Site, pub
                 for _ in range(200):
                     connection.sendall(b"x")
                     time.sleep(0.02)
-            assert 0.2 < time.monotonic() - begin < 3
+            assert 0.2 < time.monotonic() - begin < 4
         assert door.counts()["refused: slow"] == 1
         with dial(door) as connection:  # slower than body_seconds in all, at more bytes a second than it must
             connection.sendall(head("POST", PULL, {**signed(site), "content-length": "3000"}))
@@ -332,8 +342,8 @@ def test_stopping_lets_a_request_on_its_way_end_and_nobody_in(site: Site, public
             until(lambda: sink.heads)
             port = door.port
             begin = time.monotonic()
-            door.stop(grace=5)
-            assert time.monotonic() - begin < 3
+            door.stop(grace=20)
+            assert time.monotonic() - begin < 8
             answer = read_all(busy)
             assert status(answer) == 200
             assert b"connection: close" in answer
@@ -349,7 +359,7 @@ def test_stopping_takes_no_longer_than_the_time_given(site: Site, public_tls: Lo
         until(lambda: sink.heads)
         begin = time.monotonic()
         door.stop(grace=0.5)
-        assert time.monotonic() - begin < 1.5
+        assert time.monotonic() - begin < 4
         assert is_cut_off(busy)
 
 
@@ -405,12 +415,12 @@ def test_refusals_are_logged_a_few_and_hold_no_keys(
     site: Site, public_tls: Loopback, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO), opened_before_sink(Sink(), public_tls, {}) as door:
-        for _ in range(60):
+        for _ in range(40):
             exchange(door, post(site, b"secret body"))
         assert status(exchange(door, b"GET /\x7f%0aforged HTTP/1.1\r\nhost: x\r\n\r\n")) in (400, 404)
-        assert door.counts()["refused: unknown key"] == 60
+        assert door.counts()["refused: unknown key"] == 40
     lines = [record.getMessage() for record in caplog.records if record.name == "moonflower.gateway"]
-    assert 10 <= len(lines) <= 30
+    assert 10 <= len(lines) <= 25
     assert "refused 127.0.0.1: unknown key" in lines
     text = "\n".join(lines)
     assert "secret body" not in text
