@@ -159,8 +159,13 @@ def to_record(message: Any) -> RecordDict:
 
 
 def from_record(record: RecordDict, *kinds: type[Any]) -> Any:
-    """Read one of `kinds` back, or raise `MessageError` where a field is missing, extra or of another type."""
-    values = record.config_records.get("values")
+    """Read one of `kinds` back, or raise `MessageError` where a field is missing, extra or of another type.
+
+    A record's own views (`array_records` and its like) are not touched: each makes a cycle, which would keep a message of
+    many megabytes until Python looks for cycles.
+    """
+    held_values = record.get("values")
+    values = held_values if isinstance(held_values, ConfigRecord) else None
     name = None if values is None else str(values.get("message"))
     kind = next((kind for kind in kinds if kind.__name__ == name), None)
     if values is None or kind is None:
@@ -173,8 +178,9 @@ def from_record(record: RecordDict, *kinds: type[Any]) -> Any:
         raise MessageError(f"{name}: fields {sorted(held ^ wanted)} are missing or unknown.")
     arguments: dict[str, Any] = {}
     for item in wanted:
-        if hints[item] == Arrays and item in record.array_records:
-            arguments[item] = {key: _float32(key, array) for key, array in record.array_records[item].items()}
+        held_arrays = record.get(item)
+        if hints[item] == Arrays and isinstance(held_arrays, ArrayRecord):
+            arguments[item] = {key: _float32(key, array) for key, array in held_arrays.items()}
         elif item in values and type(values[item]) is hints[item]:
             arguments[item] = values[item]
         else:

@@ -1,14 +1,21 @@
 """Dispatch over Flower messages: whose answer it is, what went wrong, and who was silent."""
 
+import gc
+import threading
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from grids import WildGrid
 
+from server import dispatch, mail
+from server.aggregation import Fold
 from server.dispatch import Desk, Question
 from shared import messages
+from shared.errors import MachineError
 from shared.messages import JoinReply, JoinRequest, Refusal, TrainReply, TrainRequest
 from simulations.grid import InProcessGrid
 
@@ -201,3 +208,183 @@ def test_a_request_reaches_the_handler_of_its_kind():
     asked = Question("join", 0, request, JoinReply)
     (answer,) = desk_of(InProcessGrid(app, {7: {}}))[0].ask(asked, named([7]), 5)
     assert answer.reply == JoinReply("run-9", "d", 10, 0.1, "ab" * 16, 0, "0" * 64)
+
+
+# -- nodes that are late, gone, or started anew ---------------------------------------------------------------------
+
+
+def wild(answer=lambda node: reply(f"site-{node}"), nodes=(1, 2, 3), **settings):
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        answered = answer(context.node_id)
+        content = answered if isinstance(answered, Error) else messages.to_record(answered)
+        return Message(content, reply_to=message)
+
+    return WildGrid(app, {node: {} for node in nodes}, **settings)
+
+
+def outcomes(answers):
+    return [(answer.node, answer.outcome) for answer in answers]
+
+
+def test_a_late_reply_is_told_by_site_and_round_and_answers_no_later_question():
+    grid = wild(delay=lambda node, kind, group: 0.4 if (node, group) == (2, "2") else 0.0)
+    desk, dropped = desk_of(grid)
+    desk.look()
+    assert outcomes(desk.ask(question(), named([1, 2, 3]), 0.2)) == [(1, "ok"), (3, "ok"), (2, "timeout")]
+    assert desk.owing() == {2}
+    next_one = Question("train", 3, REQUEST, TrainReply)
+    grid.delay = lambda *_: 0.6  # the late reply comes while this one is waited for
+    answers = list(desk.ask(next_one, named([1, 2]), 5))
+    assert outcomes(answers) == [(1, "ok"), (2, "ok")]
+    assert all(answer.seconds >= 0.6 for answer in answers)
+    assert [(site, number) for site, number, _ in dropped] == [("site-2", 2)]
+    assert "after the deadline" in dropped[0][2]
+    assert desk.owing() == set()
+
+
+def test_what_comes_late_is_found_between_questions_too():
+    desk, dropped = desk_of(wild(delay=lambda node, *_: 0.3 * node))
+    list(desk.ask(question(), named([1, 2]), 0.1))
+    assert desk.collect() == []
+    time.sleep(0.7)
+    assert desk.collect() == []
+    assert [site for site, *_ in dropped] == ["site-1", "site-2"]
+
+
+def test_the_same_question_asked_again_waits_for_the_first_message_and_sends_no_second():
+    grid = wild(delay=lambda node, *_: 0.4 if node == 2 else 0.0)
+    desk, dropped = desk_of(grid)
+    desk.look()
+    asked = question()
+    assert outcomes(desk.ask(asked, named([1, 2]), 0.1)) == [(1, "ok"), (2, "timeout")]
+    assert outcomes(desk.ask(asked, named([2]), 5)) == [(2, "ok")]
+    assert [node for node, *_ in grid.pushed] == [1, 2]
+    assert dropped == []
+
+
+def test_a_node_that_was_started_anew_is_asked_again(monkeypatch):
+    monkeypatch.setattr(dispatch, "LOOK", 0.1)
+    grid = wild(delay=lambda *_: 0.3)
+    desk, dropped = desk_of(grid)
+    desk.look()
+    answers = []
+    asking = threading.Thread(target=lambda: answers.extend(desk.ask(question(), named([1, 2]), 10)))
+    asking.start()
+    time.sleep(0.1)
+    grid.starts[2] = 1
+    asking.join(10)
+    assert sorted(outcomes(answers)) == [(1, "ok"), (2, "ok")]
+    assert [node for node, *_ in grid.pushed] == [1, 2, 2]
+    assert dropped == []
+
+
+def test_a_node_that_goes_away_fails_at_once_and_not_at_the_deadline():
+    grid = wild()
+    grid.away = {2}
+    started = time.monotonic()
+    assert sorted(outcomes(train(grid, deadline=30))) == [(1, "ok"), (2, "failed"), (3, "ok")]
+    assert time.monotonic() - started < 5
+
+
+def test_a_message_that_cannot_be_pushed_is_its_nodes_failure():
+    grid = wild()
+    grid.unpushable = {2}
+    answers = {answer.node: answer for answer in train(grid)}
+    assert (answers[1].outcome, answers[3].outcome) == ("ok", "ok")
+    assert (answers[2].outcome, answers[2].error) == ("failed", "the request could not be handed to the SuperLink.")
+
+
+def test_messages_that_are_too_large_together_are_pushed_one_by_one():
+    class Narrow(WildGrid):
+        def push_messages(self, messages):
+            messages = list(messages)
+            too_large = len(messages) > 1 or messages[0].metadata.dst_node_id == 3
+            return [] if too_large else super().push_messages(messages)  # as HttpGrid does at status 413
+
+    grid = wild()
+    grid.__class__ = Narrow
+    assert sorted(outcomes(train(grid))) == [(1, "ok"), (2, "ok"), (3, "failed")]
+
+
+def test_a_message_lost_on_its_way_is_asked_for_once_more():
+    said = {1: [Error(4, "lost"), reply()], 2: [Error(3, "lost"), Error(3, "lost again"), reply()]}
+    answers = train(wild(lambda node: said[node].pop(0), nodes=(1, 2)), nodes=(1, 2))
+    assert [(a.node, a.outcome, a.error) for a in answers] == [(1, "ok", None), (2, "failed", "lost again")]
+
+
+def test_a_reply_beyond_the_size_of_an_honest_one_is_refused_unread():
+    grid = wild(lambda node: reply(update={"a": np.ones(5000 if node == 2 else 3, np.float32)}))
+    desk, _ = desk_of(grid)
+    answers = {answer.node: answer for answer in desk.ask(question(largest=10_000), named([1, 2]), 5)}
+    assert answers[1].outcome == "ok"
+    assert answers[2].outcome == "failed"
+    assert "at most 10000 are expected" in answers[2].error
+    assert answers[2].reply is None
+
+
+def test_a_site_that_answers_twice_at_once_counts_once_and_is_named():
+    grid = wild()
+    grid.twice = {2}
+    desk, dropped = desk_of(grid)
+    assert outcomes(desk.ask(question(), named([1, 2, 3]), 5)) == [(1, "ok"), (2, "ok"), (3, "ok")]
+    assert dropped == [("site-2", 2, "it answered twice; the first answer counts.")]
+
+
+def test_replies_are_fetched_in_shares_that_fit_into_memory_and_small_ones_at_once():
+    for largest, most in ((mail.MEMORY // 2, 2), (mail.MEMORY * 9, 1), (1000, 20)):
+        grid = wild(nodes=range(1, 21))
+        desk, _ = desk_of(grid)
+        assert len(list(desk.ask(question(largest=largest), named(range(1, 21)), 5))) == 20
+        assert max(grid.pulls) == most
+
+
+def test_looks_for_replies_are_quick_at_first_and_rare_in_a_long_round(monkeypatch):
+    grid = wild(nodes=[1], delay=lambda *_: 100.0)
+    slept = []
+    clock = iter(range(10_000))
+    monkeypatch.setattr(dispatch.time, "monotonic", lambda: next(clock) / 2)
+    monkeypatch.setattr(dispatch.time, "sleep", slept.append)
+    list(desk_of(grid)[0].ask(question(), named([1]), 60.0))
+    assert slept[0] == 0.05
+    assert slept[-1] == 0.5
+    assert slept == sorted(slept)
+
+
+def test_a_grid_that_fails_is_the_machines_fault_in_one_line():
+    class Broken(WildGrid):
+        def pull_messages(self, message_ids):
+            raise ConnectionError("the SuperLink is gone\nand a second line")
+
+    grid = wild()
+    grid.__class__ = Broken
+    with pytest.raises(MachineError) as raised:
+        train(grid)
+    assert "ConnectionError: the SuperLink is gone)" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_memory_does_not_grow_with_the_number_of_sites():
+    """4 MB a reply, all there at once: what is held is a share of them, and the fold."""
+    like = {"a": np.zeros(1_000_000, np.float32)}
+
+    def peak(count):
+        grid = wild(lambda node: reply(update={"a": np.full(1_000_000, node, np.float32)}), nodes=range(1, count + 1))
+        desk, fold = desk_of(grid)[0], Fold(like)
+        tracemalloc.start()
+        for answer in desk.ask(question(largest=9_000_000), named(range(1, count + 1)), 60):
+            fold.add(answer.reply.update)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        np.testing.assert_allclose(fold.mean()["a"][0], (count + 1) / 2)
+        return most
+
+    gc.collect()
+    gc.disable()  # what is let go is gone, and does not wait for a collection
+    try:
+        peak(1)
+        assert peak(100) < 1.1 * peak(20)
+    finally:
+        gc.enable()
