@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from server.daemon.flower import SuperLinkError
@@ -103,11 +104,13 @@ class Queue:
             if play.task is not None:
                 play.task.cancel()
         await asyncio.gather(*(play.task for play in plays if play.task is not None), return_exceptions=True)
-        for play in plays:
-            if play.child is not None:
-                await asyncio.to_thread(play.child.stop, 0)
-                await self._close_attempt(play, "lost", "the coordinator was shut down")
-                log.info("run %s: interrupted; it goes on when the daemon starts again", play.run)
+        interrupted = [(play, play.child) for play in plays if play.child is not None]
+        for play, child in interrupted:
+            await asyncio.to_thread(child.stop, 0)
+            self._token_file(play).unlink(missing_ok=True)
+            log.info("run %s: interrupted; it goes on when the daemon starts again", play.run)
+        for play, _ in interrupted:
+            await self._close_attempt(play, "lost", "the coordinator was shut down")
 
     def _compare(self, runs: list[Run]) -> None:
         """See which of the runs under way were asked to stop, or have ended."""
@@ -217,7 +220,7 @@ class Queue:
         await self._patiently(self._history.add_event, play.run, level, f"The run {status}: {text}.")
         log.info("run %s: %s (%s)", play.run, status, text)
 
-    def _token_file(self, play: Play) -> Any:
+    def _token_file(self, play: Play) -> Path:
         return self._settings.state / "inner" / f"{play.run}.token"
 
 

@@ -6,8 +6,10 @@ import os
 import re
 import secrets
 import socket
+import sqlite3
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 
 from server.daemon.flower import Flower, SuperLinkError
@@ -77,6 +79,7 @@ class SuperLink:
         self.up = asyncio.Event()
         self.ends = 0  # how often it ended by itself
         self._database = state / "link.db"
+        _tidy(self._database)
         take = child_log("superlink")
         self._process = Supervised(
             "flower-superlink", self._command, environment(state), on_line=take, mark=f"{mark}#superlink"
@@ -133,6 +136,25 @@ class SuperLink:
         command += ["--ssl-ca-certfile", str(self.tls.ca)]
         command += ["--ssl-certfile", str(self.tls.certificate), "--ssl-keyfile", str(self.tls.key)]
         return [*command, "--enable-supernode-auth"]
+
+
+def _tidy(database: Path) -> None:
+    """Give back the room that arrays took in the link's state; what is damaged there is put aside.
+
+    Nothing in it is missed: attempts begin anew, and keys are registered again from the history.
+    """
+    if not database.exists():
+        return
+    try:
+        with closing(sqlite3.connect(database)) as connection:
+            connection.execute("VACUUM")
+    except sqlite3.OperationalError as error:  # such as a full disk
+        log.warning("%s is not tidied: %s", database, error)
+    except sqlite3.DatabaseError as error:
+        aside = database.replace(database.with_suffix(".damaged"))
+        for part in ("-wal", "-shm"):
+            database.with_name(database.name + part).unlink(missing_ok=True)
+        log.error("%s is damaged (%s): it is put aside as %s, and made anew", database, error, aside)
 
 
 def ending(code: int) -> str:

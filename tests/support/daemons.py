@@ -20,7 +20,7 @@ from server.history.store import History
 from shared.processes import family, kill
 
 MOONFLOWER = Path(sys.executable).parent / "moonflower"
-PATIENCE = 60.0  # seconds, for anything that is sure to come
+PATIENCE = 180.0  # seconds, for anything that is sure to come
 T = TypeVar("T")
 
 
