@@ -49,7 +49,7 @@ class Connection:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         address: str,
-        proven: Callable[[], None],
+        proven: Callable[[], object],
     ) -> None:
         self._shared, self._reader, self._writer, self._address = shared, reader, writer, address
         self._proven = proven

@@ -13,6 +13,8 @@ import ssl
 import struct
 import time
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from server.daemon.settings import is_loopback
@@ -28,6 +30,29 @@ log = logging.getLogger("moonflower.gateway")
 CLOSE_SECONDS = 2.0  # for the end of a TLS connection
 BURST_SECONDS = 5.0  # of new connections of an address, and of a site's requests, at once
 BACKLOG = 512
+
+
+@dataclass
+class Guest:
+    """A connection that was let in, from its first byte on."""
+
+    client: socket.socket
+    address: str
+    key: str  # whose connections it counts with
+    transport: asyncio.Transport | None = None  # owns the socket, after the handshake
+    connection: Connection | None = None
+
+    def reset_when_closed(self) -> None:
+        """Let it end with a reset."""
+        with suppress(OSError):  # where it has ended already
+            self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def close(self) -> None:
+        """End it, at once."""
+        if self.transport is None:
+            self.client.close()
+        else:
+            self.transport.abort()
 
 
 class Gateway:
@@ -84,8 +109,8 @@ class Gateway:
         )
         self._arrivals = Buckets(limits.connections_per_second, limits.connections_per_second * BURST_SECONDS)
         self._open: dict[str, int] = {}  # connections of each address
-        self._tasks: dict[asyncio.Task[None], Connection | None] = {}  # with its connection, after the handshake
-        self._strangers: dict[asyncio.Task[None], socket.socket] = {}  # without an enrolled key yet, oldest first
+        self._guests: dict[asyncio.Task[None], Guest] = {}
+        self._strangers: dict[asyncio.Task[None], Guest] = {}  # those without an enrolled key yet, oldest first
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
 
@@ -98,7 +123,7 @@ class Gateway:
 
     def counts(self) -> dict[str, int]:
         """Return counters since the start, by name, and how many connections are open now."""
-        return {"open": len(self._tasks), **self._counts.snapshot()}
+        return {"open": len(self._guests), **self._counts.snapshot()}
 
     async def start(self) -> None:
         """Listen, and let in.
@@ -128,107 +153,100 @@ class Gateway:
                 await self._accepting
         if self._listener is not None:
             self._listener.close()
-        for task, connection in self._tasks.items():
-            if connection is None or not connection.busy:
+        for task, guest in self._guests.items():
+            if guest.connection is None or not guest.connection.busy:
                 task.cancel()
-        if self._tasks:
-            await asyncio.wait(list(self._tasks), timeout=grace)
-        for task in self._tasks:
+        if self._guests:
+            await asyncio.wait(list(self._guests), timeout=grace)
+        for task in self._guests:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._guests, return_exceptions=True)
         await self._shared.upstream.close()
 
     async def _accept(self, listener: socket.socket) -> None:
         """Take connections, and reset at once those beyond a limit."""
         loop = asyncio.get_running_loop()
         while True:
+            await asyncio.sleep(0)  # those who are in have their turn, however many knock
             try:
                 client, peer = await loop.sock_accept(listener)
             except OSError as error:  # no descriptors left, or the client has gone already
                 log.warning("cannot take a connection: %s", error.strerror)
                 await asyncio.sleep(0.2)
                 continue
-            address = str(peer[0])
-            key = _address_key(address)
-            limits = self._shared.limits
-            if self._open.get(key, 0) >= limits.connections_per_address:
-                refused = "connections of an address"
-            elif self._arrivals.take(key, time.monotonic()):
-                refused = "rate of an address"
-            elif len(self._tasks) >= limits.max_connections and not self._make_room():
-                refused = "connections"
-            else:
-                self._counts.add("connections")
-                self._open[key] = self._open.get(key, 0) + 1
-                task = asyncio.create_task(self._serve(client, address, key))
-                self._tasks[task] = None
-                self._strangers[task] = client
+            guest = Guest(client, str(peer[0]), _address_key(str(peer[0])))
+            if reason := self._full(guest.key):
+                self._counts.refused(reason, guest.address)
+                guest.reset_when_closed()
+                guest.close()
                 continue
-            self._counts.refused(refused, address)
-            _reset_when_closed(client)
-            client.close()
+            self._counts.add("connections")
+            self._open[guest.key] = self._open.get(guest.key, 0) + 1
+            task = asyncio.create_task(self._serve(guest))
+            self._guests[task] = self._strangers[task] = guest
+            task.add_done_callback(self._ended)
 
-    def _make_room(self) -> bool:
-        """Cut off the oldest connection that has shown no enrolled key; False where there is none."""
-        for task, client in self._strangers.items():
-            del self._strangers[task]
-            _reset_when_closed(client)
-            task.cancel()
-            self._counts.add("displaced")
-            return True
-        return False
+    def _full(self, key: str) -> str:
+        """Say which limit a new connection of an address is beyond; "" where there is room, or room was made."""
+        limits = self._shared.limits
+        if self._open.get(key, 0) >= limits.connections_per_address:
+            return "connections of an address"
+        if self._arrivals.take(key, time.monotonic()):
+            return "rate of an address"
+        if len(self._guests) < limits.max_connections:
+            return ""
+        oldest = next(iter(self._strangers), None)
+        if oldest is None:
+            return "connections"
+        self._strangers.pop(oldest).reset_when_closed()
+        oldest.cancel()
+        self._counts.add("displaced")
+        return ""
 
-    def _know(self, task: asyncio.Task[None]) -> None:
-        """Note that a connection has shown an enrolled key, so that no stranger displaces it."""
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Forget a connection, however it ended, even before it began."""
+        guest = self._guests.pop(task)
         self._strangers.pop(task, None)
-
-    async def _serve(self, client: socket.socket, address: str, key: str) -> None:
-        """One connection from its handshake to its end, whatever happens in it."""
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - it runs in one
-        transport: asyncio.Transport | None = None
-        try:
-            reader = asyncio.StreamReader(limit=64 * 1024)
-            protocol = asyncio.StreamReaderProtocol(reader)
-            seconds = self._shared.limits.handshake_seconds
-            loop = asyncio.get_running_loop()
-            try:
-                transport, _ = await loop.connect_accepted_socket(
-                    lambda: protocol,
-                    client,
-                    ssl=self._tls,
-                    ssl_handshake_timeout=seconds if self._tls else None,
-                    ssl_shutdown_timeout=CLOSE_SECONDS if self._tls else None,
-                )
-            except OSError as error:
-                self._counts.refused("handshake", address, type(error).__name__)
-                return
-            writer = asyncio.StreamWriter(transport, protocol, reader, loop)
-            connection = Connection(self._shared, reader, writer, address, proven=lambda: self._know(task))
-            self._tasks[task] = connection
-            try:
-                await connection.serve()
-                transport.close()
-                async with asyncio.timeout(CLOSE_SECONDS):
-                    await writer.wait_closed()
-            except Slow as slow:
-                self._counts.refused("slow", address, str(slow))
-                _reset_when_closed(client)
-            except (OSError, TimeoutError):
-                self._counts.add("broken off")
-        except Exception:
-            log.exception("a connection failed")
+        guest.close()
+        self._open[guest.key] -= 1
+        if not self._open[guest.key]:
+            del self._open[guest.key]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a connection failed", exc_info=error)
             self._counts.add("faults")
-        finally:
-            if transport is None:
-                client.close()
-            else:
-                transport.abort()
-            del self._tasks[task]
-            self._strangers.pop(task, None)
-            self._open[key] -= 1
-            if not self._open[key]:
-                del self._open[key]
+
+    async def _serve(self, guest: Guest) -> None:
+        """One connection: its handshake, and its requests."""
+        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=64 * 1024)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        try:
+            guest.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a reply's last piece waits 40 ms
+            guest.transport, _ = await loop.connect_accepted_socket(
+                lambda: protocol,
+                guest.client,
+                ssl=self._tls,
+                ssl_handshake_timeout=self._shared.limits.handshake_seconds if self._tls else None,
+                ssl_shutdown_timeout=CLOSE_SECONDS if self._tls else None,
+            )
+        except OSError as error:
+            self._counts.refused("handshake", guest.address, type(error).__name__)
+            return
+        writer = asyncio.StreamWriter(guest.transport, protocol, reader, loop)
+        # Once it has shown an enrolled key, no stranger displaces it.
+        proven = partial(self._strangers.pop, task, None)
+        guest.connection = Connection(self._shared, reader, writer, guest.address, proven)
+        try:
+            await guest.connection.serve()
+            guest.transport.close()
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await writer.wait_closed()
+        except Slow as slow:
+            self._counts.refused("slow", guest.address, str(slow))
+            guest.reset_when_closed()
+        except OSError:
+            self._counts.add("broken off")
 
 
 def _server_context(certificate: Path, key: Path) -> ssl.SSLContext:
@@ -251,9 +269,3 @@ def _address_key(address: str) -> str:
     if isinstance(ip, ipaddress.IPv6Address):
         return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
     return str(ip)
-
-
-def _reset_when_closed(client: socket.socket) -> None:
-    """Let a socket end with a reset."""
-    with suppress(OSError):
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

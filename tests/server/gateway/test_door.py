@@ -102,6 +102,16 @@ def test_requests_follow_one_another_on_a_connection_even_sent_at_once(site: Sit
         assert door.counts()["connections"] == 1
 
 
+def test_a_small_reply_does_not_wait_for_an_acknowledgement(site: Site, public_tls: Loopback) -> None:
+    with opened_before_sink(Sink(reply_bytes=5), public_tls, {site.public: "north"}) as door, client(door) as http:
+        times = []
+        for _ in range(12):
+            begin = time.monotonic()
+            http.post(PULL, headers=signed(site), content=b"abc")
+            times.append(time.monotonic() - begin)
+    assert min(times) < 0.03  # 0.04 and more where it does
+
+
 def test_what_follows_a_body_is_another_request_and_is_checked_like_one(site: Site, public_tls: Loopback) -> None:
     sink = Sink()
     smuggled = b"POST /v1/control/start-run HTTP/1.1\r\nhost: door\r\ncontent-length: 0\r\n\r\n"
@@ -231,6 +241,18 @@ def test_when_full_the_oldest_stranger_gives_way_and_never_a_site(site: Site, pu
         assert status(node.recv(4096)) == 200
         assert door.counts()["displaced"] >= 6
         assert door.counts()["open"] <= 5
+
+
+def test_a_crowd_at_once_leaves_nothing_behind(site: Site, public_tls: Loopback) -> None:
+    few = limits(max_connections=4, connections_per_address=1000)
+    with opened_before_sink(Sink(), public_tls, {site.public: "north"}, few) as door:
+        with ExitStack() as stack:
+            for _ in range(100):
+                stack.enter_context(socket.create_connection(("127.0.0.1", door.port)))
+            until(lambda: door.counts().get("connections") == 100)
+            assert door.counts()["displaced"] == 96
+        until(lambda: door.counts()["open"] == 0)
+        assert status(exchange(door, post(site, connection="close"))) == 200
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/fleet/pull-messages HTTP/1.1\r\n", b"P"])
