@@ -90,7 +90,7 @@ class Machines:
     def submit(self, config: Path, *arguments: str) -> str:
         """Submit a run, and give its id."""
         printed = self.moonflower("run", "submit", str(config), *arguments, "--format", "json").stdout
-        return str(json.loads(printed)["run"])
+        return str(json.loads(printed)["id"])
 
     # Processes
 
@@ -131,7 +131,7 @@ class Machines:
     def found(self, role: str) -> psutil.Process | None:
         """Give the process of a role, or None where there is none now.
 
-        daemon, superlink, superexec, serverapp; and node, supernode, worker as in `worker:north`.
+        daemon, superlink, serverapp; and node, supernode, worker as in `worker:north`.
         """
         kind, _, site = role.partition(":")
         root = self.processes.get(site or "server")
@@ -143,7 +143,6 @@ class Machines:
                 return top
             mark = {
                 "superlink": "flower-superlink",
-                "superexec": "flower-superexec",
                 "serverapp": "flwr-serverapp",
                 "supernode": "flower-supernode",
                 "worker": "client.node.worker",

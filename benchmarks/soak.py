@@ -1,4 +1,4 @@
-"""A long run over real processes with random kills: does anything grow?
+"""A long run over real processes with random kills, and whether anything grows meanwhile.
 
     python benchmarks/soak.py                          200 rounds, 3 sites, a tiny model, a kill in one round of eight
     python benchmarks/soak.py --rounds 60 --seed 7

@@ -11,9 +11,11 @@ import io
 import json
 import re
 from dataclasses import dataclass, field, fields
+from math import prod
 from typing import Any, Literal, TypeVar, get_type_hints
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from shared.arrays import Arrays, digest
@@ -28,6 +30,8 @@ MECHANISMS = ("gaussian", "discrete-gaussian", "none")  # none: no noise, hence 
 NOISE_SOURCES = ("aes-256-ctr", "device", "none")  # device: the accelerator's own generator
 GRADIENTS = ("one-pass", "hooks", "ghost")  # how each record's gradient was had
 LEDGER_ID, LEDGER_HEAD = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
+FLAT, SHAPES = "flat", ".shapes"  # how a field of arrays is called in a record
+MOST_DIMENSIONS = 16
 LARGEST = 2**31 - 1  # of a count that a database keeps
 
 
@@ -145,13 +149,19 @@ class MessageError(MoonflowerError):
 
 
 def to_record(message: Any) -> RecordDict:
-    """Turn one of this module's messages into a Flower record: an ArrayRecord a field of arrays, one ConfigRecord."""
+    """Turn one of this module's messages into a Flower record: an ArrayRecord a field of arrays, one ConfigRecord.
+
+    A field's arrays go as one, end to end, with their names and shapes as JSON beside it: Flower sends each array in
+    requests of its own, which for many small ones takes longer than a round's training.
+    """
     record = RecordDict()
     values: dict[str, Any] = {"message": type(message).__name__}
     for item in fields(message):
         value = getattr(message, item.name)
         if isinstance(value, dict):
-            record[item.name] = ArrayRecord({name: Array(array) for name, array in value.items()})
+            flat = [np.ravel(array) for array in value.values()]
+            record[item.name] = ArrayRecord({FLAT: Array(np.concatenate(flat or [np.zeros(0, np.float32)]))})
+            values[item.name + SHAPES] = json.dumps({name: array.shape for name, array in value.items()})
         else:
             values[item.name] = value
     record["values"] = ConfigRecord(values)
@@ -173,14 +183,15 @@ def from_record(record: RecordDict, *kinds: type[Any]) -> Any:
         raise MessageError(f"expected {expected}, received {name!r}.")
     hints = get_type_hints(kind)
     wanted: set[str] = {item.name for item in fields(kind)}
-    held = (set(record) | set(values)) - {"values", "message"}
+    shapes = {item + SHAPES for item in wanted if hints[item] == Arrays}
+    held = (set(record) | set(values)) - {"values", "message"} - shapes
     if held != wanted:
         raise MessageError(f"{name}: fields {sorted(held ^ wanted)} are missing or unknown.")
     arguments: dict[str, Any] = {}
     for item in wanted:
         held_arrays = record.get(item)
         if hints[item] == Arrays and isinstance(held_arrays, ArrayRecord):
-            arguments[item] = {key: _float32(key, array) for key, array in held_arrays.items()}
+            arguments[item] = _apart(item, held_arrays, values.get(item + SHAPES))
         elif item in values and type(values[item]) is hints[item]:
             arguments[item] = values[item]
         else:
@@ -188,16 +199,42 @@ def from_record(record: RecordDict, *kinds: type[Any]) -> Any:
     return kind(**arguments)
 
 
-def _float32(name: str, array: Array) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _apart(field: str, record: ArrayRecord, shapes: object) -> Arrays:
+    """Take a field's arrays apart; what is not just them raises `MessageError`."""
+    flat = _float32(field, record)
     try:
-        values = array.numpy()
+        named = json.loads(shapes) if isinstance(shapes, str) else None
+    except (ValueError, RecursionError):
+        named = None
+    if not isinstance(named, dict) or not all(_is_shape(shape, flat.size) for shape in named.values()):
+        raise MessageError(f"{field}: the arrays' shapes are missing, or are none.")
+    sizes = [prod(shape) for shape in named.values()]
+    if sum(sizes) != flat.size:
+        raise MessageError(f"{field}: the arrays' shapes are of {sum(sizes)} values, and {flat.size} arrived.")
+    parts = np.split(flat, np.cumsum(sizes)[:-1]) if sizes else []
+    return {name: part.reshape(shape) for (name, shape), part in zip(named.items(), parts, strict=True)}
+
+
+def _is_shape(shape: object, largest: int) -> bool:
+    return (
+        isinstance(shape, list)
+        and len(shape) <= MOST_DIMENSIONS
+        and all(type(length) is int and 0 <= length <= largest for length in shape)
+    )
+
+
+def _float32(field: str, record: ArrayRecord) -> npt.NDArray[np.float32]:
+    if list(record) != [FLAT]:
+        raise MessageError(f"{field} is not one array, {FLAT!r}.")
+    try:
+        values = record[FLAT].numpy()
     except Exception as error:  # whatever numpy makes of another's bytes
         let_interrupts_through(error)
-        raise MessageError(f"array {name!r} cannot be read: {type(error).__name__}.") from None
-    if not isinstance(values, np.ndarray):
-        raise MessageError(f"array {name!r} is no array.")
+        raise MessageError(f"{field} cannot be read: {type(error).__name__}.") from None
+    if not isinstance(values, np.ndarray) or values.ndim != 1:
+        raise MessageError(f"{field} is no array of one dimension.")
     if values.dtype != np.float32:
-        raise MessageError(f"array {name!r} is {values.dtype}; only float32 travels.")
+        raise MessageError(f"{field} is {values.dtype}; only float32 travels.")
     return values
 
 

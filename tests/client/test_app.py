@@ -45,9 +45,10 @@ class Recorder:
 
 
 def held(record: RecordDict) -> set[str]:
-    """Name everything in a record."""
-    values = record.config_records["values"]
-    return (set(record) - {"values"}) | (set(values) - {"message"})
+    """Name everything in a record; a field of arrays comes with the arrays' shapes, which are the model's."""
+    values, arrays = record.config_records["values"], set(record) - {"values"}
+    assert all(list(record.array_records[name]) == ["flat"] for name in arrays)
+    return arrays | (set(values) - {"message"} - {f"{name}.shapes" for name in arrays})
 
 
 def test_every_message_of_a_run_holds_its_declared_fields_of_public_values_and_releases(
@@ -259,7 +260,7 @@ def test_a_message_that_is_none_of_ours_is_not_answered(desk: Any, send: Any, ca
         "a round that is no number": RecordDict(with_values(good["train"], round="1")),
         "a round that is a truth": RecordDict(with_values(good["train"], round=True)),
         "arrays of float64": RecordDict(
-            {**good["train"], "arrays": ArrayRecord({"head.bias": Array(np.zeros(2, np.float64))})}
+            {**good["train"], "arrays": ArrayRecord({"flat": Array(np.zeros(2, np.float64))})}
         ),
     }
     for name, record in strange.items():

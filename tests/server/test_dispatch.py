@@ -139,7 +139,7 @@ def with_value(record, name, value):
 
 
 def with_arrays(record, array):
-    record["update"] = ArrayRecord({"a": array})
+    record["update"] = ArrayRecord({"flat": array})
     return record
 
 

@@ -108,7 +108,9 @@ def test_the_record_holds_the_fields_and_the_name_and_nothing_else(message: Any)
     values = record.config_records["values"]
     assert list(record.config_records) == ["values"]
     assert set(record) == {"values"} | {i.name for i in fields(message) if isinstance(getattr(message, i.name), dict)}
-    assert set(values) | set(record) == {item.name for item in fields(message)} | {"values", "message"}
+    shapes = {f"{name}.shapes" for name in set(record) - {"values"}}
+    assert set(values) | set(record) == {item.name for item in fields(message)} | {"values", "message"} | shapes
+    assert all(list(record[name]) == ["flat"] for name in set(record) - {"values"})
     assert values["message"] == type(message).__name__
     assert list(record.metric_records) == []
 
@@ -161,6 +163,7 @@ def changed(message: Any, /, **changes: Any) -> RecordDict:
 
 TRAIN = SAMPLES[1]
 NUMBER = ArrayRecord({"x": Array(np.zeros(2, np.float32))})
+SQUARE = ArrayRecord({"flat": Array(np.zeros((2, 2), np.float32))})
 
 
 @pytest.mark.parametrize(
@@ -179,6 +182,19 @@ NUMBER = ArrayRecord({"x": Array(np.zeros(2, np.float32))})
         (changed(TRAIN, run=1), "run is not a"),
         (RecordDict({**changed(TRAIN, run=None), "run": NUMBER}), "run is not a"),
         (RecordDict({"values": changed(TRAIN, arrays="none")["values"]}), "arrays is not a"),
+        *(
+            (changed(TRAIN, **{"arrays.shapes": shapes}), "shapes are missing, or are none")
+            for shapes in (None, 1, "", "{", "[]", "[" * 10**5, "7", '{"x": 2}', '{"x": [2.0]}', '{"x": [true]}')
+        ),
+        *(
+            (changed(TRAIN, **{"arrays.shapes": shapes}), "shapes are missing, or are none")
+            for shapes in ('{"x": [-1]}', '{"x": ["2"]}', '{"x": [9223372036854775808]}', f'{{"x": {[1] * 33}}}')
+        ),
+        (changed(TRAIN, **{"arrays.shapes": "{}"}), "are of 0 values"),
+        (changed(TRAIN, **{"arrays.shapes": '{"x": [1]}'}), "are of 1 values"),
+        (RecordDict({**to_record(TRAIN), "arrays": ArrayRecord()}), "is not one array"),
+        (RecordDict({**to_record(TRAIN), "arrays": NUMBER}), "is not one array"),
+        (RecordDict({**to_record(TRAIN), "arrays": SQUARE}), "of one dimension"),
     ],
 )
 def test_a_record_that_is_not_the_message_is_refused(record: RecordDict, said: str) -> None:
@@ -188,7 +204,7 @@ def test_a_record_that_is_not_the_message_is_refused(record: RecordDict, said: s
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "int32", ">f4", "complex64", "bool"])
 def test_only_float32_travels(dtype: str) -> None:
-    other = ArrayRecord({"x": Array(np.zeros(2, dtype))})
+    other = ArrayRecord({"flat": Array(np.zeros(2, dtype))})
     with pytest.raises(MessageError, match="only float32 travels"):
         from_record(RecordDict({**to_record(TRAIN), "arrays": other}), TrainRequest)
 
