@@ -5,7 +5,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 export HF_HUB_OFFLINE ?= 1
 export FLWR_TELEMETRY_ENABLED = 0
 
-.PHONY: demo test test-slow cover check bench fmt clean
+.PHONY: demo test test-slow cover check bench fmt proto clean
 
 demo: .venv/installed  ## fine-tune across four sites with differential privacy, epsilon 8
 	$(BIN)/moonflower simulate
@@ -35,6 +35,9 @@ bench: .venv/developed  ## the benchmarks, each a table
 fmt: .venv/developed  ## put the code in order
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+proto: .venv/developed  ## the code of the control service's messages, after a change of coordinator.proto
+	$(BIN)/python -m grpc_tools.protoc --proto_path=. --python_out=. --pyi_out=. --grpc_python_out=. server/control/coordinator.proto
 
 clean:  ## forget the environment and the caches
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from shared.errors import ConfigError, DatabaseError, MoonflowerError, NotFoundError
+from shared.processes import LAUNCHER
 
 Form = Literal["adapter", "merged"]
 FORMS = get_args(Form)
+COMMAND = (sys.executable, "-m", "server.control.exporting")
 CHUNK = 1 << 20  # bytes of a message
 
 
@@ -67,8 +69,8 @@ async def tar(asked: Asked, *, database: str, scratch: Path) -> AsyncIterator[by
 
 
 async def _write(asked: Asked, out: Path, database: str) -> None:
-    command = [sys.executable, "-m", "server.control.exporting"]
-    command += [asked.run, str(asked.folder), asked.form, str(asked.round), str(out)]
+    alone = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid())]  # it dies with the daemon, however that ends
+    command = [*alone, *COMMAND, asked.run, str(asked.folder), asked.form, str(asked.round), str(out)]
     environment = {
         **os.environ,
         "MOONFLOWER_DATABASE": database,

@@ -75,11 +75,12 @@ def enrol(session: Session, site: str, public_key: str, *, renew: bool) -> None:
 
 def revoke(session: Session, site: str) -> None:
     """Revoke a site's key for good."""
+    ever = select(SiteKeyRow.site).where(SiteKeyRow.site == site).limit(1)
+    if not re.fullmatch(NAME_PATTERN, site) or session.scalar(ever) is None:
+        raise NotFoundError(f"There is no site '{site}' here; `moonflower site list` lists them.")
     live = _live(session, site)
     if live is not None:
         live.revoked_at = datetime.now(UTC)
-    elif session.scalar(select(SiteKeyRow.site).where(SiteKeyRow.site == site).limit(1)) is None:
-        raise NotFoundError(f"There is no site '{site}' here; `moonflower site list` lists them.")
 
 
 def set_node(session: Session, public_key: str, node_id: int | None) -> None:

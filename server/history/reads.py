@@ -32,11 +32,13 @@ SHOWN = 5  # ids that an ambiguous prefix is answered with
 
 def resolve(session: Session, run_id: str) -> str:
     """Give the id of the one run that has this id or begins with it, or raise NotFoundError."""
-    if session.get(RunRow, run_id, options=[load_only(RunRow.id)]) is not None:
+    nothing = not run_id or "\0" in run_id  # which PostgreSQL will not even look for
+    if not nothing and session.get(RunRow, run_id, options=[load_only(RunRow.id)]) is not None:
         return run_id
     starts = RunRow.id.startswith(run_id, autoescape=True)  # SQLite's LIKE takes A for a, so look again
-    ids = [found for found in session.scalars(select(RunRow.id).where(starts)) if found.startswith(run_id)]
-    if not ids or not run_id:
+    found = [] if nothing else session.scalars(select(RunRow.id).where(starts))
+    ids = [each for each in found if each.startswith(run_id)]
+    if not ids:
         raise NotFoundError(f"There is no run '{run_id}' here; `moonflower history runs` lists them.")
     if len(ids) > 1:
         shown = ", ".join(sorted(ids)[:SHOWN]) + (" ..." if len(ids) > SHOWN else "")

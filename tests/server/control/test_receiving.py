@@ -1,0 +1,130 @@
+"""An exported model on its way: whole or not at all, at both ends."""
+
+import hashlib
+import io
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from server.control import coordinator_pb2 as pb
+from server.control import exporting, receiving
+from shared.errors import ConfigError, MoonflowerError, NotFoundError
+
+WRITER = '''"""Stands in for the process that exports: writes a folder, or does what FORM and ROUND say."""
+import json, sys
+from pathlib import Path
+run, folder, form, number, out = sys.argv[1:]
+if number == "7":
+    print(json.dumps({"kind": "NotFoundError", "text": "round 7 has no checkpoint any more."}))
+    sys.exit(1)
+if number == "8":
+    sys.exit("Traceback: the secrets of the state folder")
+(Path(out) / "sub").mkdir(parents=True)
+(Path(out) / "model.safetensors").write_bytes(bytes(range(256)) * 20_000)
+(Path(out) / "sub" / "README.md").write_text(f"{run} {form} {Path(folder).name}")
+'''
+
+
+def tar(*members):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return packed.getvalue()
+
+
+def parts(content, digest=None, size=1000):
+    for start in range(0, len(content), size):
+        yield pb.ExportModelResponse(data=content[start : start + size])
+    yield pb.ExportModelResponse(sha256=hashlib.sha256(content).hexdigest() if digest is None else digest)
+
+
+def test_what_arrives_whole_is_put_in_place(tmp_path):
+    content = tar(("config.json", b"{}"), ("sub/card.md", b"x" * 5000))
+    written = receiving.write(parts(content), tmp_path / "model")
+    assert written == receiving.Written(
+        ["config.json", "sub/card.md"], len(content), hashlib.sha256(content).hexdigest()
+    )
+    assert (tmp_path / "model" / "sub" / "card.md").read_bytes() == b"x" * 5000
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+def cut(content):
+    return list(parts(content))[:3]
+
+
+@pytest.mark.parametrize(
+    ("arriving", "said"),
+    [
+        (lambda content: parts(content, digest="0" * 64), "the model did not arrive whole"),
+        (cut, "none was announced"),
+        (lambda content: parts(b"no tar at all" * 100), "what arrived is no tar"),
+        (lambda content: parts(tar(("../evil", b"x"))), "what arrived is no tar"),
+        (lambda content: parts(tar(("/etc/evil", b"x"), ("../../evil", b"x"))), "what arrived is no tar"),
+    ],
+)  # fmt: skip
+def test_what_does_not_arrive_whole_leaves_nothing(tmp_path, arriving, said):
+    place = tmp_path / "inner"
+    place.mkdir()
+    with pytest.raises(MoonflowerError, match=said):
+        receiving.write(arriving(tar(("config.json", b"{}" * 5000))), place / "model")
+    assert list(tmp_path.rglob("*")) == [place]
+
+
+def test_a_place_that_is_taken_is_refused_before_any_work(tmp_path):
+    with pytest.raises(ConfigError, match="exists; name a folder to make"):
+        receiving.check(tmp_path)
+    with pytest.raises(ConfigError, match="is no folder that can be written to"):
+        receiving.check(tmp_path / "none" / "model")
+
+
+@pytest.fixture
+def writer(tmp_path, monkeypatch):
+    """Put another program in the place of the one that exports, which needs a trained run."""
+    program = tmp_path / "writer.py"
+    program.write_text(WRITER, encoding="utf-8")
+    monkeypatch.setattr(exporting, "COMMAND", (sys.executable, str(program)))
+
+
+def test_an_export_is_streamed_and_arrives_as_it_was_written(coordinator, writer, tmp_path):
+    run = coordinator.submit().id
+    out = tmp_path / "model"
+    done = coordinator.call("run", "export", "last", "--out", str(out), "--form", "adapter")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{out}: 2 files, 5.1 MB.\n"
+    assert (out / "model.safetensors").read_bytes() == bytes(range(256)) * 20_000
+    assert (out / "sub" / "README.md").read_text() == f"{run} adapter {run}"
+    again = coordinator.call("run", "export", "last", "--out", str(out))
+    assert (again.returncode, again.stderr) == (2, f"Error: --out {out} exists; name a folder to make.\n")
+    assert not list(coordinator.settings.state.glob(".export-*"))
+
+
+def test_what_the_exporting_process_says_is_told_and_a_traceback_is_not(coordinator, writer, tmp_path):
+    coordinator.submit()
+
+    def export(number):
+        request = pb.ExportModelRequest(run="last", round=number)
+        with coordinator.client() as client:
+            list(client.stream("ExportModel", request))
+
+    with pytest.raises(NotFoundError, match=r"^round 7 has no checkpoint any more\.$"):
+        export(7)
+    with pytest.raises(MoonflowerError) as caught:
+        export(8)
+    assert "the coordinator failed to answer; its log says why." in str(caught.value)
+    assert "secrets" not in str(caught.value)
+    with pytest.raises(ConfigError, match="round=-1 must be at least 1"):
+        export(-1)
+
+
+def test_a_run_without_a_round_has_nothing_to_export(coordinator):
+    """The real process, which opens the history and reads the run's folder."""
+    run = coordinator.submit().id
+    with coordinator.client() as client, pytest.raises((NotFoundError, ConfigError)) as caught:
+        list(client.stream("ExportModel", pb.ExportModelRequest(run=run)))
+    assert run in str(caught.value)
+    assert str(Path(coordinator.settings.state)) not in str(caught.value)
