@@ -56,12 +56,15 @@ def check(settings: Settings, models: Sequence[str] = (), *, insecure: bool = Fa
     models
         Names of base models, beside those of the queued runs; NAME=SHA256 also checks the weights' digest.
     insecure
-        Whether the daemon is to run in plaintext, without certificates.
+        Whether the daemon is to run in plaintext, without certificates, keys and tokens.
     """
-    looks: list[tuple[str, Callable[[], str]]] = [] if insecure else [("certificate", lambda: inspect(settings))]
-    looks += [
+    secrets: list[tuple[str, Callable[[], str]]] = [
+        ("certificate", lambda: inspect(settings)),
         ("enrolment", lambda: _enrolment(settings)),
         ("tokens", lambda: _tokens(settings)),
+    ]
+    looks: list[tuple[str, Callable[[], str]]] = [
+        *([] if insecure else secrets),
         ("gateway's port", lambda: _port(settings, "gateway", settings.gateway.host, settings.gateway.port)),
         ("control's port", lambda: _port(settings, "control", settings.control.host, settings.control.port)),
         ("Flower", _flower),

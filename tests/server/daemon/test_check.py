@@ -136,6 +136,14 @@ def test_a_certificate_that_others_would_refuse_is_found(
     assert wrong(check(place.settings, insecure=True)) == {}
 
 
+def test_without_security_nothing_secret_is_needed(place: Place) -> None:
+    for name in ("ca.pem", "server.pem", "server.key", "enrolment.json", "tokens.json"):
+        (place.folder / name).unlink()
+    findings = check(place.settings, insecure=True)
+    assert [finding.name for finding in findings] == EVERYTHING[3:]
+    assert wrong(findings) == {}
+
+
 def test_a_certificate_that_holds_long_enough_is_fine(place: Place) -> None:
     put(place, issue(place.ca, "north", ["coordinator.example.org"], certificates.RENEW.days + 1))
     assert wrong(check(place.settings)) == {}
