@@ -57,6 +57,8 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no typ
         except TokenError as error:
             log.warning("%s refused: %s", details.method, error)
             return _refusal(grpc.StatusCode.UNAUTHENTICATED, str(error))
+        except Away as error:
+            return _refusal(grpc.StatusCode.UNAVAILABLE, str(error))
         if token is not None and not token.allows(role):
             text = f"the token of {token.name!r} is a {token.role}'s; this takes an {role}'s."
             log.warning("%s refused: %s", details.method, text)
@@ -78,7 +80,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no typ
             return self._tokens.authenticate(secret.strip(), datetime.now(UTC))
         except ConfigError as error:
             log.error("nobody is let in: %s", error)
-            raise TokenError("the server cannot read its tokens; its log says why.") from None
+            raise Away("the server cannot read its tokens; its log says why.") from None
 
 
 def _refusal(code: grpc.StatusCode, text: str) -> grpc.RpcMethodHandler:
