@@ -79,7 +79,7 @@ def test_patience_asks_until_the_database_answers_and_says_so_once(caplog, monke
 
 
 def test_a_database_that_is_gone_for_a_while_does_not_end_the_daemon(coordinator: Coordinator, postgres, postgres_url):
-    name = postgres_url.rpartition("/")[2].partition("?")[0]
+    name = postgres_url.partition("?")[0].rpartition("/")[2]
     text = coordinator.config.read_text(encoding="utf-8")
     coordinator.config.write_text(f'database = "{postgres_url}"\n{text}', encoding="utf-8")
     daemon = coordinator.start()
@@ -105,7 +105,7 @@ def test_a_links_state_that_is_damaged_is_put_aside_and_made_anew(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_serverapp_that_is_killed_is_a_lost_attempt_and_the_next_one_starts_within_two_seconds(
+def test_a_serverapp_that_is_killed_is_seen_at_once_as_a_lost_attempt_and_the_next_one_starts(
     coordinator: Coordinator, daemon: subprocess.Popen[bytes], submit
 ):
     run = submit(coordinator)
@@ -113,9 +113,10 @@ def test_a_serverapp_that_is_killed_is_a_lost_attempt_and_the_next_one_starts_wi
     wait_for(lambda: attempts(coordinator, run) == [None])
     os.kill(first, signal.SIGKILL)
     killed = time.monotonic()
-    wait_for(lambda: playing(coordinator).get(run.id) not in (None, first))
-    assert time.monotonic() - killed < 4  # a second's pause, and the status file is written once a second
+    wait_for(lambda: attempts(coordinator, run) == ["lost"])
+    assert time.monotonic() - killed < 4  # under a second on a machine that does nothing else; Flower takes 58
     wait_for(lambda: attempts(coordinator, run) == ["lost", None])
+    assert playing(coordinator)[run.id] != first
     with coordinator.history() as history:
         assert history.attempts(run.id)[0].error == "its process ended by signal 9"
         assert history.run(run.id).status == "running"
@@ -172,6 +173,7 @@ def test_a_superlink_that_dies_takes_the_attempt_along_and_the_run_goes_on(
 def test_a_run_that_no_attempt_brings_on_has_failed_and_says_why(coordinator: Coordinator, submit, monkeypatch):
     monkeypatch.setattr(queue, "MOST_TRIES", 2)
     settings = coordinator.settings
+    settings.runs.mkdir(parents=True)
     History.open(settings.history).close()
     run = submit(coordinator)
     (settings.run(run.id) / "run.json").unlink()
