@@ -151,10 +151,10 @@ def _load(source: Source) -> LoadedModel:
 
 
 def _samples(source: Source) -> list[str]:
-    """Give texts to compare on: of the public test set, or the labels' own words."""
-    if source.test_set is None:
-        return [*source.config.task.labels, " ".join(source.config.task.labels)]
-    return public_test.read(source.test_set, source.config.task)[0][:SAMPLES]
+    """Give texts to compare on: of the public test set, or the labels' own words; and one that is cut."""
+    task = source.config.task
+    texts = list(task.labels) if source.test_set is None else public_test.read(source.test_set, task)[0][:SAMPLES]
+    return [*texts, " ".join(texts * task.max_length)]
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ FORMS = ["adapter", "merged", "full", "head", "bias"]
 SAFE = {".safetensors", ".json", ".md", ".html", ".txt", ".jinja"}
 SHORT = {"warm_start__rounds": 0, "training__rounds": 1, "refit__rounds": 0, "training__server_learning_rate": 0.1}
 
+LONG = " ".join(["a good film was really dull"] * 10)  # more than task.max_length, so that it is cut
+
 RUNNER = """
 import importlib.util, json, os, re, sys
 assert not any(importlib.util.find_spec(name) for name in ("shared", "server", "client", "simulations"))
@@ -81,7 +83,7 @@ def folders(runs, tmp_path_factory):
 @pytest.fixture(scope="module")
 def computed(runs, folders, tiny_model):
     """Give the logits of the public test set, as each card's code computes them."""
-    texts = {name: records(run)[0] for name, run in runs.items()}
+    texts = {name: [*records(run)[0], LONG] for name, run in runs.items()}
     bases = {name: str(tiny_model) if name == "adapter" else None for name in runs}
     return run_cards({name: (folders[name], bases[name], texts[name]) for name in runs})
 
@@ -101,8 +103,8 @@ def reference(run, number=None):
     model = models.load(config)
     round = run.history.rounds(run.id, round_number=number)[-1]
     arrays.write(model.module, checkpoints.read(run.folder / "checkpoints", round.checkpoint.digest).published)
-    texts, labels = records(run)
-    examples = tokenise(model.tokenizer, texts, labels, config.task.max_length)
+    texts = [*records(run)[0], LONG]
+    examples = tokenise(model.tokenizer, texts, [0] * len(texts), config.task.max_length)
     with torch.no_grad():
         rows = [collate(examples, [index], torch.device("cpu")) for index in range(len(texts))]
         return torch.cat([model.module.eval()(row.input_ids, row.attention_mask) for row in rows])
@@ -114,6 +116,7 @@ def test_the_cards_code_gives_the_runs_logits_and_its_test_accuracy(form, runs, 
     logits = torch.tensor(computed[form])
     torch.testing.assert_close(logits, reference(run), atol=1e-5, rtol=0)
     labels = torch.tensor(records(run)[1])
+    logits = logits[: len(labels)]
     last = run.history.last_round(run.id)
     told = {each.name: each.value for each in last.metrics if each.scope == "test"}
     assert float((logits.argmax(1) == labels).float().mean()) == pytest.approx(told["accuracy"], abs=1e-7)
@@ -214,17 +217,23 @@ def test_a_run_without_privacy_says_so_loudly(train, tmp_path):
     assert json.loads((tmp_path / "out" / "privacy_statement.json").read_text())["guarantee"]["epsilon"] == "Infinity"
 
 
-def test_an_earlier_round_is_that_rounds_model_under_the_whole_runs_promise(lora, tmp_path, folders):
+def test_an_earlier_round_is_that_rounds_published_model_under_the_whole_runs_promise(lora, tmp_path, folders):
     from transformers import AutoModel
 
     from server.export import plain
 
-    out = lora.export(tmp_path / "out", round_number=2)
-    logits = plain.load(str(out), AutoModel.from_pretrained(out))(records(lora)[0])
-    torch.testing.assert_close(logits, reference(lora, 2), atol=1e-5, rtol=0)
-    assert float((reference(lora, 2) - reference(lora)).abs().max()) > 1e-3
+    (third,) = lora.history.rounds(lora.id, round_number=3)
+    state = checkpoints.read(lora.folder / "checkpoints", third.checkpoint.digest)
+    assert any((state.published[name] != state.iterate[name]).any() for name in state.iterate)  # a moving average
+    out = lora.export(tmp_path / "out", round_number=3)
+    logits = plain.load(str(out), AutoModel.from_pretrained(out))([*records(lora)[0], LONG])
+    torch.testing.assert_close(logits, reference(lora, 3), atol=1e-5, rtol=0)
+    assert float((reference(lora, 3) - reference(lora)).abs().max()) > 1e-3
     text, last = ((folder / "README.md").read_text(encoding="utf-8") for folder in (out, folders["merged"]))
-    assert "This is round 2 of 5" in text
+    assert "This is round 3 of 5" in text
+    told = {each.name: each.value for _, each in lora.history.metrics(lora.id, round_number=3) if each.scope == "test"}
+    assert f"| Cross-entropy | {told['loss']:.3f} | – |" in text  # the sites' records are not scored after this round
+    assert f"| Cross-entropy | {told['loss']:.3f} |" not in last
     claim = re.search(r"\*\*(Each record .*)\*\*", text)
     assert claim is not None
     assert claim.group(1) in last
@@ -291,13 +300,14 @@ def test_minilm_from_its_wheel_with_the_default_scenarios_adapters(train, tmp_pa
         patch.setenv("MOONFLOWER_HOME", str(run.home))
         folders = {form: run.export(tmp_path / form, form) for form in ("adapter", "merged")}
         expected, (texts, labels) = reference(run), records(run)
-    found = run_cards({form: (folders[form], str(base) if form == "adapter" else None, texts) for form in folders})
+    asked = [*texts, LONG]
+    found = run_cards({form: (folders[form], str(base) if form == "adapter" else None, asked) for form in folders})
     told = {each.name: each.value for each in run.history.last_round(run.id).metrics if each.scope == "test"}
     for form, logits in found.items():
         torch.testing.assert_close(
             torch.tensor(logits), expected, atol=1e-5, rtol=0, msg=lambda text, of=form: f"{of}: {text}"
         )
-        loss = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels))
+        loss = torch.nn.functional.cross_entropy(torch.tensor(logits[: len(labels)]), torch.tensor(labels))
         assert float(loss) == pytest.approx(told["loss"], abs=1e-5)
     for form in folders:
         card = ModelCard.load(folders[form] / "README.md")
