@@ -150,12 +150,15 @@ class Desk:
         for node in self._send(question, nodes, math.inf):
             self._inbox.append(Answer(node, "failed", None, UNSENT, 0.0, question.bytes, 0))
 
-    def collect(self) -> list[Answer[Any]]:
-        """Return the answers to what was posted that have come since the last call, and drop what has come late."""
+    def collect(self, but: Question[Any] | None = None) -> list[Answer[Any]]:
+        """Return the answers to what was posted that have come since the last call, and drop what has come late.
+
+        Answers to the question `but` stay where they are: it is asked again.
+        """
         heard = True
-        while heard and self._under_way:
+        while heard:
             heard = False
-            for message in self._fetch(None):
+            for message in self._fetch(None, but):
                 heard = True
                 self._sort(message, None, {})
         inbox, self._inbox = self._inbox, []
@@ -171,11 +174,11 @@ class Desk:
             self._under_way[key] = Letter(node, nodes[node], question, time.monotonic(), due, activated)
         return [node for node in wanted if node not in sent]
 
-    def _fetch(self, question: Question[Any] | None) -> Iterator[Message]:
-        """Yield what has come, answers to `question` first; a share is as large as that one's honest replies allow."""
-        ids = sorted(self._under_way, key=lambda key: self._under_way[key].question is not question)
-        largest = max((letter.question.largest for letter in self._under_way.values()), default=SMALL)
-        return mail.fetch(self._grid, ids, largest)
+    def _fetch(self, first: Question[Any] | None, but: Question[Any] | None = None) -> Iterator[Message]:
+        """Yield what has come: answers to the question `first` before others, and none to `but`."""
+        letters = {key: letter for key, letter in self._under_way.items() if but is None or letter.question is not but}
+        ids = sorted(letters, key=lambda key: letters[key].question is not first)
+        return mail.fetch(self._grid, ids, max((each.question.largest for each in letters.values()), default=SMALL))
 
     def _sort(self, message: Message, question: Question[Any] | None, missing: Mapping[int, str]) -> Letter | None:
         """Return the letter that a message answers if it is awaited; keep, or drop, any other."""

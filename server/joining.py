@@ -89,16 +89,17 @@ class Roster:
             time.sleep(delay)
             delay = min(2 * delay, MOST)
 
-    def welcome(self, number: int) -> None:
+    def welcome(self, number: int, waiting: Question[Any] | None = None) -> None:
         """See who is connected before round `number`: take in who has joined since, and ask who is new.
 
-        A simulation's sites are there from the start, or not at all.
+        Answers to the question `waiting` are left to whoever asks it. A simulation's sites are there from the start, or not
+        at all.
         """
         if self._job.simulated:
             return
         self._look()
         self._ledgers.look()
-        for answer in self._desk.collect():
+        for answer in self._desk.collect(waiting):
             self._consider(answer, number, replace=True)
         asked = self._desk.asked(self._question)
         new = self._unjoined([node for node in self._desk.online if node not in asked and self._rested(node, number)])

@@ -80,7 +80,7 @@ class Quorum:
             self._note(f"{said}; it goes on with them.")
             return {}
         while self._federation.on_shortfall == "wait" and self._waited() < self._longest():
-            self._pause()
+            self._pause(question)
             nodes = self._again(question)
             if nodes:
                 self._asked |= set(nodes.values())
@@ -109,12 +109,12 @@ class Quorum:
         waits = self._federation.on_shortfall == "wait"
         return self._federation.longest_wait if waits else self._federation.deadline
 
-    def _pause(self) -> None:
+    def _pause(self, question: Question[TrainReply] | None = None) -> None:
         if self._delay == FIRST:
             self._note("too few sites are there; it waits for more.")
         time.sleep(self._delay)
         self._delay = min(2 * self._delay, MOST)
-        self._roster.welcome(self._number)
+        self._roster.welcome(self._number, question)
 
     def _note(self, text: str) -> None:
         start = f"round {self._number}: "
