@@ -61,8 +61,7 @@ def answer(resident: Resident, site: Site, kind: Kind, request: Request, randomn
     if not RUN.fullmatch(request.run):
         raise RefusedError("the run's name is not one of letters, digits, '.', '_' and '-', at most 100 of them.")
     config = _configuration(request)
-    _check_coordinator(site, config)
-    _check_labels(site, config)
+    check_declared(site, config)
     planned = plan.make(config, site.dataset.card())
     policy.check(site.privacy, config, planned, site.dataset.id)
     with resident.turn, open_ledger(site) as ledger:
@@ -122,17 +121,20 @@ def _configuration(request: Request) -> RunConfig:
         raise ConfigError(explain(error, "the request's configuration")) from None
 
 
-def _check_coordinator(site: Site, config: RunConfig) -> None:
-    """Refuse a run of another coordinator than the one that the node is connected to: there it is no mere claim."""
+def check_declared(site: Site, config: RunConfig) -> None:
+    """Refuse a run of another coordinator, or without this site's labels: by what the site declares, never by its file.
+
+    Raises
+    ------
+    RefusedError
+        Where the node is connected to a coordinator of another name, which makes the name more than a claim; or where
+        the run does not know a label.
+    """
     if site.coordinator and config.federation.coordinator != site.coordinator.name:
         raise RefusedError(
             f"federation.coordinator={config.federation.coordinator!r} is not {site.coordinator.name!r}, the coordinator that "
             "this site is connected to (site.toml, [coordinator] name)."
         )
-
-
-def _check_labels(site: Site, config: RunConfig) -> None:
-    """Refuse a run without this site's labels: by what the site declares, never by what the file holds."""
     lacking = [label for label in site.dataset.labels if label not in config.task.labels]
     if lacking:
         raise RefusedError(

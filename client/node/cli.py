@@ -76,3 +76,39 @@ def status(config: Path, style: str) -> None:
         click.echo("\n".join(statuses.lines(said, running)))
     if not running:
         sys.exit(1)
+
+
+@client.command()
+@_config
+@_device
+@click.option(
+    "--run", type=click.Path(path_type=Path, dir_okay=False), help="A run's configuration, whose model and task to try."
+)
+@click.option("--insecure", is_flag=True, help="The node is to be started with --insecure.")
+@click.pass_context
+def check(ctx: click.Context, config: Path, device: str | None, run: Path | None, insecure: bool) -> None:
+    """Check before a start: coordinator, clock, key, data, budget, model, memory; each line ok, or what to do.
+
+    Example: moonflower client check --config site.toml --run run.toml
+    """
+    from client import site as sites
+    from client.node.check import check as examine
+    from client.node.check import render
+
+    findings = examine(sites.load(config, device), config, run, insecure=insecure)
+    click.echo(render(findings))
+    if not all(finding.ok for finding in findings):
+        ctx.exit(1)
+
+
+@client.command()
+@_config
+def policy(config: Path) -> None:
+    """Print what the site allows, in words.
+
+    Example: moonflower client policy --config site.toml
+    """
+    from client import site as sites
+    from client.node.limits import describe
+
+    click.echo("\n".join(describe(sites.load(config))))

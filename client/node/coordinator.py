@@ -30,7 +30,9 @@ from client.site import Coordinator
 from shared.errors import ConfigError
 
 PATIENCE = 5.0  # seconds
-SKEW = 240.0  # seconds between the clocks; beyond 300 the coordinator refuses what the site has signed
+AHEAD, BEHIND = 5.0, 300.0  # seconds that a site's clock may be off: beyond, the coordinator refuses what it has signed
+WRONG_CLOCK = 9402  # of the coordinator's gateway; and 9401 below, of a SuperLink without one 2004
+NOT_ENROLLED = (9401, ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED)
 UNKNOWN_KEY = (
     "the coordinator refuses this site's key: it is not enrolled, or was revoked. Ask the coordinator's people; a revoked "
     "key never comes back, a new one is enrolled (moonflower provision renew)."
@@ -43,7 +45,21 @@ class Knock:
 
     trouble: str
     reached: bool = False  # a TLS connection with a certificate of the federation's authority was made
-    skew: float | None = None  # seconds that the coordinator's clock is ahead of this machine's
+    skew: float | None = None  # seconds that the coordinator's clock is ahead of this machine's, to about one
+
+    @property
+    def in_time(self) -> bool:
+        """Whether the clocks agree well enough; also where the door did not say."""
+        return self.skew is None or -AHEAD - 1 < self.skew < BEHIND
+
+    def clock(self) -> str:
+        """Say how the clocks differ, and what to do."""
+        skew = self.skew or 0.0
+        where = "behind" if skew > 0 else "ahead of"
+        return (
+            f"this machine's clock is {abs(skew):.0f} s {where} the coordinator's, which takes {AHEAD:.0f} s ahead and "
+            f"{BEHIND:.0f} s behind; set it (NTP)."
+        )
 
 
 def knock(coordinator: Coordinator) -> Knock:
@@ -74,10 +90,8 @@ def knock(coordinator: Coordinator) -> Knock:
         return Knock(_unreached(coordinator, str(error)))
     except httpx.TransportError as error:
         return Knock(f"{coordinator.address} does not answer ({type(error).__name__}); check address and network.")
-    skew = _skew(answer, now)
-    if answer.status_code in (401, 403) and skew is not None and abs(skew) > SKEW:
-        return Knock(_clock(skew), True, skew)
-    return Knock(_trouble(coordinator, answer), True, skew)
+    said = Knock(_trouble(coordinator, answer), True, _skew(answer, now))
+    return said if said.in_time or not said.trouble else Knock(said.clock(), True, said.skew)
 
 
 def private_key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -135,8 +149,10 @@ def _trouble(coordinator: Coordinator, answer: httpx.Response) -> str:
     error = FlowerError.from_json(answer.text)
     if error is not None and error.code == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
         return ""  # the key was found, and then the impossible heartbeat
-    if answer.status_code in (401, 403) or (error and error.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED):
+    if answer.status_code == 401 or (error and error.code in NOT_ENROLLED):
         return UNKNOWN_KEY
+    if error and error.code == WRONG_CLOCK:
+        return "the coordinator refuses this site's clock; set it (NTP)."
     if answer.status_code in (502, 503, 504):
         return f"{coordinator.address} lets this site in, and its SuperLink is down; it is tried again until it is up."
     return f"{coordinator.address} answers {answer.status_code}, as no coordinator of this version does; check [coordinator] address."
@@ -147,8 +163,3 @@ def _skew(answer: httpx.Response, now: datetime) -> float | None:
         return (parsedate_to_datetime(answer.headers["date"]) - now).total_seconds()
     except (KeyError, ValueError, TypeError):
         return None
-
-
-def _clock(skew: float) -> str:
-    ahead = "behind" if skew > 0 else "ahead of"
-    return f"this machine's clock is {abs(skew):.0f} s {ahead} the coordinator's, which refuses beyond 300 s; set it (NTP)."

@@ -28,7 +28,7 @@ from shared.errors import ConfigError
 log = logging.getLogger("moonflower.node")
 
 POLL = 0.1  # seconds between looks for a task: what a message waits, on the average, is half of it
-STALE = 2.0  # seconds between looks at what the status file says
+STALE = 0.5  # seconds between looks at what the status file says
 READING = 120.0  # seconds for a worker to read a request
 PATIENCE = 2.0  # times the run's deadline: a slow answer is kept for a retry, one that never comes is not
 FAREWELL = 2.5  # seconds for the last reply to go to the coordinator
@@ -118,7 +118,7 @@ class Node:
             if task is None:
                 time.sleep(POLL)
                 continue
-            start = self._supernode.starts
+            start, self._status.task = self._supernode.starts, None
             with task.alive():
                 try:
                     self._carry(task)
@@ -134,6 +134,7 @@ class Node:
                     log.exception("a request was not answered")
                     self._fault("a request was not answered; the log says why.")
                     self._supernode.restart("it has a task without a reply")
+            self._status.task = None
 
     def _acquire(self) -> Task | None:
         try:
@@ -164,6 +165,7 @@ class Node:
         def tick(began: Began | None) -> None:
             if began is not None and self._status.task is None:
                 self._status.task = {"kind": began.kind, "run": began.run, "round": began.round, "since": _now()}
+                self._say()
                 log.info("%s of run %s, round %d", began.kind, began.run, began.round)
             self._tick()
             limit = PATIENCE * began.deadline if began is not None and began.deadline else READING
@@ -194,11 +196,9 @@ class Node:
     def _look(self) -> None:
         """See to the SuperNode, and keep the status file true."""
         self._supernode.poll()
-        now = time.monotonic()
-        if now - self._looked < STALE and self._status.task is not None:
-            return
-        self._looked = now
-        self._say()
+        if time.monotonic() - self._looked >= STALE:
+            self._looked = time.monotonic()
+            self._say()
 
     def _answered(self, done: Done, seconds: float) -> None:
         task = self._status.task or {"kind": "unread", "run": "", "round": 0}
@@ -215,7 +215,7 @@ class Node:
 
     def _fault(self, text: str) -> None:
         log.error("%s", text)
-        self._status.last_error, self._status.task = f"{_now()} {text}", None
+        self._status.last_error = f"{_now()} {text}"
 
     def _say(self) -> None:
         """Write the status where it has changed."""

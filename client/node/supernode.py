@@ -23,7 +23,7 @@ from client.node.runtime import Runtime
 from client.site import Coordinator
 from shared import certificates
 from shared.errors import ConfigError
-from shared.processes import Supervised
+from shared.processes import Supervised, family, kill
 
 log = logging.getLogger("moonflower.node")
 flower = logging.getLogger("moonflower.node.supernode")
@@ -32,6 +32,7 @@ SLOW = 60.0  # seconds between starts while the coordinator refuses the site's k
 ONLINE = "[code: 2004]"  # of an activation: the coordinator still believes an earlier connection of this key
 # Errors after which a SuperNode goes on. Any other ends its main thread and leaves the process idle, alive.
 HARMLESS = (
+    "[/v1/",  # a request to its API that it has refused: whose, does not matter
     "Failed to receive message",
     "Failed to send message",
     "Failed to create task",
@@ -72,11 +73,14 @@ class SuperNode:
         self._runtime: Runtime | None = None
         self._stuck = False  # it has said something after which it does nothing any more
         self._online = False
+        self._ending = False
         self._not_before = 0.0
         self._asks: threading.Thread | None = None
         env = dict(os.environ) | {"FLWR_HOME": str(state / "flower"), "PYTHONUNBUFFERED": "1"}
         env |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-        self._process = Supervised("flower-supernode", self._command, env, on_line=self._line)
+        mark = f"node {state.absolute()}"
+        kill(family(mark))  # what an earlier node left, if anything outlived it; this one holds the state's lock
+        self._process = Supervised("flower-supernode", self._command, env, on_line=self._line, mark=mark)
 
     @property
     def pid(self) -> int | None:
@@ -114,6 +118,7 @@ class SuperNode:
 
     def stop(self, grace: float) -> None:
         """End it for good; it signs off within `grace` seconds."""
+        self._ending = True
         self._process.stop(grace)
         self.connected_since = None
         if self._runtime is not None:
@@ -140,6 +145,8 @@ class SuperNode:
         found = LINE.match(text)
         level, said = (found[1], found[2]) if found else ("", text)
         flower.debug("%s", text)
+        if self._ending:
+            return
         if ONLINE in said:
             self._online = True
         elif said.startswith("SuperNode ID:"):
@@ -171,6 +178,8 @@ class SuperNode:
     def _explain(self, code: int) -> None:
         """Say in one line why it ended, as far as the coordinator's door tells; in a thread, for that can take seconds."""
         self._not_before = 0.0
+        if self._ending:
+            return
         if self._online:
             self._lost("the coordinator still believes this site's last connection; it forgets it within a minute.")
             return

@@ -240,7 +240,7 @@ def _done(reply: "Message") -> Done:
     from client.node import runtime
     from shared.messages import Refusal
 
-    values = reply.content.config_records["values"]
+    values: Any = reply.content["values"]  # not by config_records: its view keeps the whole message
     if values["message"] != Refusal.__name__:
         return Done(runtime.seal(reply), "ok")
     return Done(runtime.seal(reply), str(values["outcome"]), str(values["reason"]))
@@ -248,11 +248,17 @@ def _done(reply: "Message") -> Done:
 
 def _began(message: "Message") -> Began:
     """Read what a request says of itself, as far as it can be read: for the status, and to know when to give up."""
-    values: Any = message.content.config_records.get("values", {})
+    from shared.messages import FLOWER_TYPES
+
+    values: Any = message.content.get("values", {})
     deadline: float | None = None
     with suppress(ValueError, TypeError, KeyError, AttributeError):
         deadline = float(json.loads(values["config"])["federation"]["deadline"])
     number = values.get("round", 0)
+    kinds: dict[str, str] = {sent: kind for kind, sent in FLOWER_TYPES.items()}
     return Began(
-        message.metadata.message_type, str(values.get("run", ""))[:100], number if type(number) is int else 0, deadline
+        kinds.get(message.metadata.message_type, "unknown"),
+        str(values.get("run", ""))[:100],
+        number if type(number) is int else 0,
+        deadline,
     )

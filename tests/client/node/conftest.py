@@ -182,15 +182,11 @@ class Link:
     def stop(self) -> None:
         (self.orders / "stop").touch()
         family = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
-        for process in (*family, psutil.Process()):
-            if process.pid != os.getpid() and process.is_running():
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
         self.process.kill()
         self.process.wait()
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.log.close()
 
 
@@ -257,6 +253,15 @@ class NodeProcess:
         """Give the node's children, and theirs."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def at_work(self, run: str) -> int:
+        """Wait until the worker is at work on a run, and give its process id."""
+        wait_for(lambda: (self.status().get("task") or {}).get("run") == run, "the worker is not at work")
+        return int(self.status()["worker"]["pid"])
+
+    def moonflower(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run one of the node's commands to its end."""
+        return subprocess.run(self.command(*words), env=self.link.env, capture_output=True, text=True, timeout=120)
+
     def stop(self) -> None:
         for process in self.processes:
             if process.poll() is None:
@@ -268,28 +273,63 @@ class NodeProcess:
                     process.wait()
 
 
-@pytest.fixture
-def new_node(link: Link, new_site: Callable[..., Site]) -> Iterator[Callable[..., NodeProcess]]:
-    """Make a site with a key that the SuperLink knows; `start` starts its node."""
-    made: list[NodeProcess] = []
+Make = Callable[..., NodeProcess]
 
-    def make(name: str = "clinic", *, register: bool = True, **changes: Any) -> NodeProcess:
+
+@pytest.fixture(scope="session")
+def make_node(link: Link, new_rows: Callable[..., list[dict[str, Any]]]) -> Make:
+    """Make a site in a folder, with a key that the SuperLink knows; `start` starts its node. Who makes it stops it."""
+
+    def make(folder: Path, *, register: bool = True, **changes: Any) -> NodeProcess:
         private, public = certificates.new_node_key()
-        coordinator = {
-            "name": "coordinator",
-            "address": link.address,
-            "ca": "ca.pem",
-            "key": "site.key",
-            "state": "state",
+        values: dict[str, Any] = {
+            "name": "clinic",
+            "device": "cpu",
+            "dataset": {
+                "id": "notes",
+                "path": "records.jsonl",
+                "records": 100,
+                "validation": 0.2,
+                "labels": ["bad", "good"],
+            },
+            "privacy": {"max_epsilon": 200.0, "delta": 1e-3, "models": ["*"]},
+            "coordinator": {"name": "coordinator", "address": link.address},
         }
-        site = new_site(name, **({"coordinator": coordinator} | changes))
-        folder = site.dataset.path.parent
+        for section, values_of in changes.items():
+            values[section] = values[section] | values_of
+        folder.mkdir(exist_ok=True)
+        sites.save(Site.model_validate(values), folder / "site.toml")
+        rows = "".join(json.dumps(row) + "\n" for row in new_rows())
+        (folder / "records.jsonl").write_text(rows, encoding="utf-8")
         shutil.copy(link.tls.ca, folder / "ca.pem")
         certificates.write_key(folder / "site.key", private)
-        number = link.register(public, f"{name}-{next(link.numbers)}") if register else 0
-        made.append(NodeProcess(sites.load(folder / "site.toml"), folder / "site.toml", link, number))
+        number = link.register(public, f"site-{next(link.numbers)}") if register else 0
+        return NodeProcess(sites.load(folder / "site.toml"), folder / "site.toml", link, number)
+
+    return make
+
+
+@pytest.fixture
+def new_node(make_node: Make, tmp_path: Path) -> Iterator[Make]:
+    """Make a site for one test; its node is stopped after it."""
+    made: list[NodeProcess] = []
+
+    def make(**changes: Any) -> NodeProcess:
+        made.append(make_node(tmp_path / f"site-{len(made)}", **changes))
         return made[-1]
 
     yield make
     for node in made:
+        node.stop()
+
+
+@pytest.fixture(scope="module")
+def running(make_node: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    """A node that is up, for the tests of one module that leave it so."""
+    node = make_node(tmp_path_factory.mktemp("running"))
+    node.start()
+    try:
+        node.up()
+        yield node
+    finally:
         node.stop()
