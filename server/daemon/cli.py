@@ -46,6 +46,9 @@ def start(config: Path, log_format: Any, insecure: bool) -> None:
 
     Example: moonflower server start --config /etc/moonflower/server.toml --log-format json
     """
+    import os
+
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core would write a raw line for each broken handshake
     from server.daemon import daemon, settings
     from shared import logs
 
