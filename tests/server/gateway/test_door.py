@@ -151,6 +151,16 @@ def test_an_answer_reaches_a_client_that_is_still_sending(public_tls: Loopback, 
         assert http.post(PULL, headers=signed(site), content=bytes(1 << 18)).status_code == 401
 
 
+@pytest.mark.parametrize("method", ["HEAD", "CONNECT", "OPTIONS"])
+def test_methods_with_rules_of_their_own_are_refused_like_others(method: str, public_tls: Loopback) -> None:
+    with opened_before_sink(Sink(), public_tls, {}) as door:
+        answer = exchange(door, head(method, "/v1/fleet/pull-messages", {"content-length": "0"}))
+        assert status(answer) == 404
+        assert answer.endswith(b"\r\n\r\n") == (method == "HEAD")
+        until(lambda: door.counts()["open"] == 0)
+        assert door.counts().get("faults", 0) == 0
+
+
 def test_a_body_cut_short_does_not_pass_as_a_whole_one(site: Site, public_tls: Loopback) -> None:
     sink = Sink()
     with opened_before_sink(sink, public_tls, {site.public: "north"}) as door:
