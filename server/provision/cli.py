@@ -111,7 +111,7 @@ def renew(kits: Path, coordinator: bool, site: str | None, user: str | None, day
 @_site
 @_user
 def revoke(kits: Path, site: str | None, user: str | None) -> None:
-    """Revoke a site's key or a user's token, for good, and delete their kit in KITS.
+    """Revoke a site's key or a user's token, for good, and delete it in KITS.
 
     A running coordinator can do the first by itself, at once: moonflower site revoke.
 

@@ -115,7 +115,7 @@ def change(folder: Path, files: Files) -> None:
     kept: set[str] = set()
     if archive.exists():
         with zipfile.ZipFile(archive) as bundle:
-            kept = {name.rpartition("/")[2] for name in bundle.namelist()}
+            kept = {name for entry in bundle.namelist() if (folder / (name := Path(entry).name)).exists()}
     for name, content in files.items():
         write_key(folder / name, content)
     now = time.localtime()[:6]

@@ -6,10 +6,10 @@ OUT/coordinator/       a kit; its enrolment.json and tokens.json are what renewi
 OUT/sites/NAME/        a kit each
 OUT/users/NAME/        a kit each
 
-Beside each kit is its zip. A kit that has been handed over may be deleted here.
+Beside each kit is its zip. A kit that has been handed over may be deleted here. One that runs where it was made, for a
+trial, keeps what came to lie in it, a ledger above all, and the settings that were changed in it.
 """
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,22 +108,22 @@ def renew_user(out: Path, name: str, days: int | None = None) -> None:
 
 
 def revoke_site(out: Path, name: str) -> None:
-    """Revoke a site's key, for good, and delete the site's kit here."""
+    """Revoke a site's key, for good, and delete it and the kit's zip here."""
     with _at_work(out):
         after = enrolment.read(out / COORDINATOR / kits.ENROLMENT).revoke(name)
         kits.change(out / COORDINATOR, {kits.ENROLMENT: after.content()})
-        _delete(out / SITES / name)
+        _delete(out / SITES / name, kits.SITE_KEY)
 
 
 def revoke_user(out: Path, name: str) -> None:
-    """Revoke a user's token, for good, and delete the user's kit here.
+    """Revoke a user's token, for good, and delete it and the kit's zip here.
 
     Raises
     ------
     NotFoundError
         Where the user has none.
     """
-    with _at_work(out):
+    with _at_work(out) as fed:
         before = tokens.read(out / COORDINATOR / kits.TOKENS)
         live = sorted({token.name for token in before.tokens if not token.revoked})
         if name not in live:
@@ -131,7 +131,7 @@ def revoke_user(out: Path, name: str) -> None:
                 f"no token of a user {name!r} is valid; valid are those of: {', '.join(live) or 'nobody'}."
             )
         kits.change(out / COORDINATOR, {kits.TOKENS: _without(before, name).content()})
-        _delete(out / USERS / name)
+        _delete(out / USERS / name, f"{fed.name}.token")
 
 
 def _fill(out: Path, fed: Federation, source: bytes) -> None:
@@ -160,7 +160,7 @@ def _fill(out: Path, fed: Federation, source: bytes) -> None:
 @contextmanager
 def _at_work(out: Path) -> Iterator[Federation]:
     """Hold a folder of kits, and give what it was made from."""
-    if not (out / FEDERATION).exists():
+    if not (out / FEDERATION).exists() or not (out / COORDINATOR / kits.ENROLMENT).exists():
         raise ConfigError(
             f"{str(out)!r} is no folder of kits; name the one that `moonflower provision FILE --out` made."
         )
@@ -189,15 +189,17 @@ def _without(known: TokenFile, name: str) -> TokenFile:
 
 
 def _replace(folder: Path, files: kits.Files) -> None:
-    if folder.exists():
-        kits.change(folder, files)
+    if folder.exists():  # its owner may have changed the settings in it, a policy above all
+        kits.change(
+            folder,
+            {name: files[name] for name in files if Path(name).suffix != ".toml" or not (folder / name).exists()},
+        )
     else:
         kits.write(folder, files)
 
 
-def _delete(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+def _delete(folder: Path, secret: str) -> None:
+    (folder / secret).unlink(missing_ok=True)
     kits.archive_of(folder).unlink(missing_ok=True)
 
 

@@ -319,7 +319,7 @@ def test_renewing_a_site_gives_it_a_new_key_and_revokes_the_old(out: Path) -> No
 def test_revoking_a_site_is_final_for_its_key_and_not_for_the_site(out: Path) -> None:
     old = public_line((out / "sites/county/site.key").read_bytes())
     provisioning.revoke_site(out, "county")
-    assert not (out / "sites/county").exists()
+    assert not (out / "sites/county/site.key").exists()
     assert not (out / "sites/county.zip").exists()
     with pytest.raises(NotFoundError, match=r"no key of a site 'county' is enrolled; enrolled are: st-marys\."):
         provisioning.revoke_site(out, "county")
@@ -353,7 +353,8 @@ def test_a_revoked_user_is_not_let_in_and_others_are(out: Path) -> None:
     with pytest.raises(TokenError, match="revoked"):
         known.authenticate(ada, now)
     assert known.authenticate(ben, now).name == "ben"
-    assert not list((out / "users").glob("ada*"))
+    assert holders(out, ada.encode()) == set()
+    assert not (out / "users/ada.zip").exists()
     with pytest.raises(NotFoundError, match=r"no token of a user 'ada' is valid; valid are those of: ben\."):
         provisioning.revoke_user(out, "ada")
 
@@ -406,14 +407,28 @@ def test_kits_that_were_handed_over_may_be_gone(out: Path) -> None:
     assert (out / "users/ben.zip").exists()
 
 
-def test_what_else_lies_in_a_kits_folder_stays_out_of_its_zip(out: Path) -> None:
+def test_a_kit_that_runs_where_it_was_made_keeps_its_ledger_and_its_policy(out: Path) -> None:
+    site, tightened = out / "sites/county", "# tightened by the site\n"
     (out / "coordinator/state").mkdir()
-    (out / "sites/county/ledger.db").write_bytes(b"the site's account")
+    (site / "ledger.db").write_bytes(b"the site's account")
+    (site / "site.toml").write_text(tightened)
     provisioning.renew_site(out, "county")
     for name in ("coordinator.zip", "sites/county.zip"):
         with zipfile.ZipFile(out / name) as bundle:
             assert not any("state" in entry or "ledger" in entry for entry in bundle.namelist())
-    assert (out / "sites/county/ledger.db").read_bytes() == b"the site's account"
+    provisioning.revoke_site(out, "county")
+    provisioning.renew_site(out, "county")
+    assert (site / "ledger.db").read_bytes() == b"the site's account"
+    assert (site / "site.toml").read_text() == tightened
+
+
+def test_without_the_coordinators_kit_there_is_nothing_to_go_on_from(out: Path) -> None:
+    (out / "coordinator/README.md").unlink()
+    provisioning.renew_coordinator(out)
+    shutil.rmtree(out / "coordinator")
+    for act in (provisioning.renew_coordinator, lambda place: provisioning.revoke_site(place, "county")):
+        with pytest.raises(ConfigError, match="is no folder of kits"):
+            act(out)
 
 
 def test_a_site_and_a_user_can_be_added_later(out: Path, tmp_path: Path) -> None:
