@@ -90,7 +90,7 @@ def write(
         shutil.rmtree(part, ignore_errors=True)
         if _of_the_disk(error):
             raise ExportError(
-                f"--out {out} cannot be written: {_first_line(error)}; free it, or write elsewhere."
+                f"{out} cannot be written: {_first_line(error)}; mend that, or export elsewhere."
             ) from error
         raise
     return out
@@ -187,5 +187,5 @@ def _check_room(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out.absolute().parent).free
     if free < needed:
         raise ExportError(
-            f"--out {out}: the export takes up to {size(needed)} and {size(free)} are free there; free some, or write elsewhere."
+            f"The export takes up to {size(needed)}, and {size(free)} are free where {out} would be; free some, or export elsewhere."
         )

@@ -107,7 +107,7 @@ def test_a_disk_that_is_full_is_seen_before_and_a_write_that_fails_leaves_nothin
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(place)._replace(free=1_000_000)
         patch.setattr(shutil, "disk_usage", lambda _: usage)
-        assert "takes up to 64.1 MB and 1 MB are free there" in refused(head, place / "out")
+        assert "The export takes up to 64.1 MB, and 1 MB are free where" in refused(head, place / "out")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit in (3000, 20_000):  # bytes a file may have: the tokenizer is stopped, then the weights
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
