@@ -8,7 +8,7 @@ import re
 import time
 from typing import Any
 
-from server import names
+from server import ending, names
 from server.dispatch import Answer, Desk, Question
 from server.history.store import History
 from server.job import Job
@@ -138,6 +138,7 @@ class Roster:
         """Wait for the nodes that the run needs, and a little for the rest of its sites: a grid can be empty at first."""
         federation, started = self._job.config.federation, time.monotonic()
         while True:
+            ending.check_stop(self._job, self._history)
             self._look()
             nodes = [node for node in self._desk.online if not self._authenticated or node in self._names]
             if len(nodes) >= max(federation.min_sites, self._job.sites):

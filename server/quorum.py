@@ -6,7 +6,7 @@ Fewer than the quorum: the run fails, goes on with those that answered, or asks 
 
 import time
 
-from server import selection
+from server import ending, selection
 from server.dispatch import Answer, Question
 from server.history.store import History
 from server.job import Job
@@ -112,6 +112,7 @@ class Quorum:
     def _pause(self, question: Question[TrainReply] | None = None) -> None:
         if self._delay == FIRST:
             self._note("too few sites are there; it waits for more.")
+        ending.check_stop(self._job, self._history)
         time.sleep(self._delay)
         self._delay = min(2 * self._delay, MOST)
         self._roster.welcome(self._number, question)

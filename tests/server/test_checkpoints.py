@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent whatever dies, checked when read, and pruned with care."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from server import checkpoints
 from server.optimization import ServerState, enter, start
-from shared.errors import NotFoundError, RunFailedError
+from shared.errors import MachineError, NotFoundError, RunFailedError
 from shared.packages import file_digest
 
 PAST, FUTURE = datetime(2000, 1, 1, tzinfo=UTC), datetime.now(UTC) + timedelta(days=1)
@@ -128,3 +129,24 @@ def test_pruning_leaves_what_another_attempt_has_just_written(tmp_path):
 
 def test_pruning_a_folder_that_is_not_there_is_no_error(tmp_path):
     checkpoints.prune(tmp_path / "none", set(), before=FUTURE)
+
+
+@pytest.fixture
+def small_disk():
+    """Let no file of this process grow beyond 2000 bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_leaves_nothing_half_written_and_is_the_machines_fault(tmp_path, request):
+    large = start({"a": np.ones(10_000, np.float32)}, "ba5e")
+    first = checkpoints.write(tmp_path, large)
+    checkpoints.path(tmp_path, first.digest).unlink()
+    request.getfixturevalue("small_disk")
+    with pytest.raises(MachineError) as raised:
+        checkpoints.write(tmp_path, large)
+    assert "cannot be written" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
