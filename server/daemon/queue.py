@@ -29,7 +29,7 @@ from shared.processes import Child
 log = logging.getLogger("moonflower.daemon")
 LOOK = 0.5  # seconds between looks at the history
 POLL = 0.05  # seconds between looks at a ServerApp
-LINGER = 30.0  # seconds that a ServerApp may take to end after its run has
+LINGER = 3.0  # seconds that a ServerApp may take to end after its run has
 MOST_TRIES = 10  # attempts in a row without a newly committed round, after which the run has failed
 FIRST_PAUSE, MOST_PAUSE = 1.0, 60.0  # seconds before the next attempt: doubled with each try that brought nothing
 ATTEMPT_LOCK = "attempt.lock"
