@@ -164,6 +164,8 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
     ) -> AsyncIterator[pb.ExportModelResponse]:
         """Send a run's model as a tar of a Hugging Face folder, one export at a time."""
         run = await self.in_thread(self._run, request.run)
+        if not run.rounds_done:
+            raise NotFoundError(f"Run '{run.id}' has committed no round yet; there is nothing to export.")
         form = request.form or "merged"
         folder = self.settings.run(run.id)
         async with self._exports:

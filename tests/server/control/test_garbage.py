@@ -2,6 +2,7 @@
 
 import socket
 import ssl
+import sys
 
 import grpc
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.control import coordinator_pb2 as pb
+from server.control import exporting
 
 METHODS = {method.name: method for method in pb.DESCRIPTOR.services_by_name["Coordinator"].methods}
 MESSAGES = {name: getattr(pb, method.input_type.name) for name, method in METHODS.items()}
@@ -26,6 +28,15 @@ GARBAGE = st.binary(max_size=400) | st.sampled_from(
         b"\0" * 5000,
     ]
 )
+
+
+NOTHING = "import json; print(json.dumps({'kind': 'NotFoundError', 'text': 'nothing'})); raise SystemExit(1)"
+
+
+@pytest.fixture(autouse=True)
+def exports_nothing(monkeypatch):
+    """Spare each export the process that loads torch."""
+    monkeypatch.setattr(exporting, "COMMAND", (sys.executable, "-I", "-S", "-c", NOTHING))
 
 
 def request_of(draw, kind):
@@ -80,7 +91,7 @@ def call(channel, name, data, metadata):
     return grpc.StatusCode.OK, ""
 
 
-def fuzz(coordinator, times):
+def fuzz(coordinator, new_round, times):
     """Throw so many things at the port: a third raw bytes, a third bytes after TLS, a third calls of an admin."""
     share = settings(
         max_examples=times // 3,
@@ -88,7 +99,9 @@ def fuzz(coordinator, times):
         database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
-    coordinator.submit()
+    run = coordinator.submit().id
+    coordinator.history.start_attempt(run, engine="flower")
+    coordinator.history.commit_round(new_round(1, run=run))
     metadata = [("authorization", f"Bearer {coordinator.secrets['ann']}")]
     credentials = grpc.ssl_channel_credentials(coordinator.authority.certificate)
     with grpc.secure_channel(coordinator.address, credentials) as channel:
@@ -116,19 +129,19 @@ def fuzz(coordinator, times):
     alive(coordinator)
 
 
-def test_nonsense_is_answered_and_survived(coordinator):
-    fuzz(coordinator, 240)
+def test_nonsense_is_answered_and_survived(coordinator, new_round):
+    fuzz(coordinator, new_round, 240)
 
 
 @pytest.mark.slow
-def test_ten_thousand_times_nonsense_is_survived(coordinator):
-    fuzz(coordinator, 10_000)
+def test_ten_thousand_times_nonsense_is_survived(coordinator, new_round):
+    fuzz(coordinator, new_round, 10_000)
 
 
 @pytest.mark.slow
-def test_nonsense_is_survived_on_postgresql(make, postgres_url):
+def test_nonsense_is_survived_on_postgresql(make, postgres_url, new_round):
     with make(postgres_url).running() as running:
-        fuzz(running, 1000)
+        fuzz(running, new_round, 1000)
 
 
 def test_a_request_beyond_the_limit_is_refused_and_not_kept(coordinator):

@@ -75,6 +75,28 @@ def test_a_watcher_is_told_everything_once_and_in_order(any_coordinator, monkeyp
     assert events[-1].HasField("run")
 
 
+def test_what_happens_between_two_looks_is_told_before_the_end(coordinator, monkeypatch):
+    history, run = coordinator.history, coordinator.submit().id
+    history.start_attempt(run, engine="flower")
+    read, looks = history.progress, []
+
+    def and_then(*arguments, **named):
+        page = read(*arguments, **named)
+        looks.append(page)
+        if len(looks) == 1:
+            play(history, run, [1])
+            finish(history, run, "completed")
+        return page
+
+    monkeypatch.setattr(history, "progress", and_then)
+    with coordinator.client() as client:
+        events = list(client.watch(run))
+    assert texts(event for event in events if event.HasField("progress")) == [
+        (each.round, each.kind, each.state, each.site or "") for each in read(run)
+    ]
+    assert events[-1].run.status == "completed"
+
+
 def test_a_watcher_that_comes_back_with_its_cursor_gets_the_rest(coordinator):
     history, run = coordinator.history, coordinator.submit().id
     history.start_attempt(run, engine="flower")
