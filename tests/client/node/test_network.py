@@ -25,24 +25,21 @@ class Cable:
     """A port of the loopback that leads to another, until it is cut, or carries garbage."""
 
     def __init__(self, port: int) -> None:
-        self.port_of_link, self.state = port, "whole"
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
+        self.port_of_link, self.port = port, 0
         self.ends: list[socket.socket] = []
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.become("whole")
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         with suppress(OSError):
             while True:
-                near, _ = self.listener.accept()
+                near, _ = listener.accept()
                 if self.state == "whole":
                     far = socket.create_connection(("127.0.0.1", self.port_of_link))
                     self.ends += [near, far]
                     for one, other in ((near, far), (far, near)):
                         threading.Thread(target=self._carry, args=(one, other), daemon=True).start()
                     continue
-                if self.state == "garbage":
-                    near.sendall(b"HTTP/1.0 400 not TLS\r\n\r\n" * 20)
+                near.sendall(b"HTTP/1.0 400 not TLS\r\n\r\n" * 20)
                 near.close()
 
     def _carry(self, one: socket.socket, other: socket.socket) -> None:
@@ -54,12 +51,21 @@ class Cable:
                 end.shutdown(socket.SHUT_RDWR)
 
     def become(self, state: str) -> None:
+        """Become "whole", "garbage" or "cut", where no connection can be made."""
         self.state = state
         for end in self.ends:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
         self.ends.clear()
+        if self.port:
+            with suppress(OSError):
+                self.listener.shutdown(socket.SHUT_RDWR)
+            self.listener.close()
+        if state != "cut":
+            self.listener = socket.create_server(("127.0.0.1", self.port))
+            self.port = self.listener.getsockname()[1]
+            threading.Thread(target=self._accept, args=(self.listener,), daemon=True).start()
 
 
 @pytest.fixture
@@ -67,7 +73,6 @@ def cable(link: Any) -> Iterator[Cable]:
     made = Cable(link.port)
     yield made
     made.become("cut")
-    made.listener.close()
 
 
 def join(config: RunConfig, run: str) -> JoinRequest:
