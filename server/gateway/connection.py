@@ -4,7 +4,6 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import h11
@@ -18,7 +17,6 @@ from server.gateway.request import FOR_NODES, FOR_NODES_WITHOUT_KEYS, MAX_HEAD, 
 from server.gateway.upstream import Upstream, outward
 
 CHUNK = 64 * 1024
-LINGER_SECONDS, LINGER_BYTES = 1.0, 1 << 20  # what is read of a refused body, so that the answer is not lost to a reset
 WITHOUT_KEYS = "any"  # the site of every node where none has a key
 Event = h11.Request | h11.Data | h11.EndOfMessage | h11.ConnectionClosed
 
@@ -170,16 +168,6 @@ class Connection:
         if self._method != b"HEAD":
             await self._write(h11.Data(data=content))
         await self._write(h11.EndOfMessage())
-        await self._drain()
-
-    async def _drain(self) -> None:
-        """Read what is left of a refused body, within bounds: closed on unread bytes, a socket resets, and the answer is lost."""
-        left = LINGER_BYTES
-        with suppress(TimeoutError, Refusal, Slow):
-            async with asyncio.timeout(LINGER_SECONDS):
-                while left > 0 and self._http.their_state is h11.SEND_BODY:
-                    event = await self._event(LINGER_SECONDS)
-                    left -= len(event.data) if isinstance(event, h11.Data) else 0
 
     async def _event(self, patience: float) -> Event:
         """Return the next part of a request. Each read may take `patience` seconds."""

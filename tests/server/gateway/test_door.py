@@ -146,9 +146,10 @@ def test_a_body_that_claims_too_much_is_refused_before_it_comes(site: Site, publ
     assert sink.received == 1 << 20
 
 
-def test_an_answer_reaches_a_client_that_is_still_sending(public_tls: Loopback, site: Site) -> None:
+@pytest.mark.parametrize("size", [100, 5 << 20])
+def test_an_answer_reaches_a_client_that_is_still_sending(size: int, public_tls: Loopback, site: Site) -> None:
     with opened_before_sink(Sink(), public_tls, {}) as door, client(door) as http:
-        assert http.post(PULL, headers=signed(site), content=bytes(1 << 18)).status_code == 401
+        assert http.post(PULL, headers=signed(site), content=bytes(size)).status_code == 401
 
 
 @pytest.mark.parametrize("method", ["HEAD", "CONNECT", "OPTIONS"])
@@ -345,8 +346,11 @@ def test_a_superlink_that_is_down_is_a_503_that_nodes_try_again(site: Site, publ
         door.close()
 
 
+@pytest.mark.parametrize(
+    "reply", [b"content-length: 100\r\n\r\nhalf", b"transfer-encoding: chunked\r\n\r\n4\r\nhalf\r\n"]
+)
 def test_a_superlink_that_breaks_off_in_its_reply_is_not_taken_for_a_whole_one(
-    site: Site, public_tls: Loopback
+    reply: bytes, site: Site, public_tls: Loopback
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -354,7 +358,7 @@ def test_a_superlink_that_breaks_off_in_its_reply_is_not_taken_for_a_whole_one(
             upstream, _ = listener.accept()
             with upstream:
                 upstream.recv(65536)
-                upstream.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf")
+                upstream.sendall(b"HTTP/1.1 200 OK\r\n" + reply)
 
         threading.Thread(target=break_off, daemon=True).start()
         address = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -362,6 +366,9 @@ def test_a_superlink_that_breaks_off_in_its_reply_is_not_taken_for_a_whole_one(
         try:
             with client(door) as http, pytest.raises(httpx.TransportError):
                 http.post(PULL, headers=signed(site), content=b"abc")
+            until(lambda: door.counts()["open"] == 0)
+            assert door.counts().get("faults", 0) == 0
+            assert door.counts()["refused: superlink"] == 1
         finally:
             door.close()
 

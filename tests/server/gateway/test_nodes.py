@@ -59,7 +59,7 @@ def test_a_node_works_on_behind_200_slow_strangers(
 ) -> None:
     site = new_site(tmp_path, "south")
     node_id = superlink.register(site)
-    limits = GENEROUS.model_copy(update={"max_connections": 120})
+    limits = GENEROUS.model_copy(update={"max_connections": 120, "head_seconds": 600.0})
     with opened(superlink, public_tls, {site.public: "south"}, limits) as door, ExitStack() as stack:
         strangers = [stack.enter_context(dial(door, f"127.0.0.{2 + n % 4}")) for n in range(100)]
         node = start_node(site, door)
