@@ -502,3 +502,14 @@ def test_no_privacy_is_refused_unless_the_site_allows_it(new_desk: Desks) -> Non
         with pytest.raises(PolicyError, match="allow_non_private"):
             ask()
     assert not Path(desk.site.ledger).exists()
+
+
+def test_a_site_of_one_coordinator_refuses_the_runs_of_another_in_every_request(new_desk: Desks) -> None:
+    connected = {"name": "north", "address": "coordinator.example.org:9443"}
+    desk = new_desk(site={"coordinator": connected}, config={"federation": {"coordinator": "south"}})
+    for ask in (desk.join, desk.train, desk.evaluate):
+        with pytest.raises(RefusedError, match=r"federation\.coordinator='south' is not 'north'"):
+            ask()
+    assert desk.spent() == 0
+    own = new_desk(site={"coordinator": connected}, config={"federation": {"coordinator": "north"}}, name="ward")
+    assert own.join().site == "ward"

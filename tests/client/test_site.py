@@ -103,3 +103,24 @@ def test_why_a_site_cannot_read_its_file_again_stays_there(new_site: Callable[..
     file.unlink()
     with pytest.raises(DataError, match="cannot be read"):
         site.reread(own)
+
+
+def test_how_a_site_is_connected_is_relative_to_its_file(new_site: Callable[..., Site]) -> None:
+    own = new_site(coordinator={"name": "north", "address": "coordinator.example.org:9443"})
+    folder = own.dataset.path.parent
+    assert own.coordinator is not None
+    assert (own.coordinator.ca, own.coordinator.key) == (folder / "ca.pem", folder / "site.key")
+    assert own.coordinator.state == folder / "state"
+
+
+@pytest.mark.parametrize("address", ["coordinator.example.org", "https://a:1", "a b:9443", ":9443", "a:9443/path"])
+def test_an_address_that_is_none_is_refused(new_site: Callable[..., Site], address: str) -> None:
+    with pytest.raises(ValueError, match="address"):
+        new_site(coordinator={"name": "north", "address": address})
+
+
+def test_a_node_may_choose_another_device_and_the_site_is_still_its_own(new_site: Callable[..., Site]) -> None:
+    file = new_site().dataset.path.parent / "site.toml"
+    chosen = site.load(file, "cuda:1")
+    assert chosen.device == "cuda:1"
+    assert site.reread(chosen) == chosen

@@ -12,8 +12,10 @@ import psutil
 import pytest
 
 from client.answers import open_ledger
+from client.node.node import check_address
 from client.node.runtime import Runtime, RuntimeApiError
 from shared import models
+from shared.errors import ConfigError
 from shared.messages import JoinRequest, TrainRequest
 from shared.run_config import RunConfig
 
@@ -159,21 +161,20 @@ def test_sigterm_stops_a_node_at_work_within_ten_seconds_with_a_last_reply(new_n
     assert node.moonflower("status").returncode == 1
 
 
-def test_a_node_that_is_killed_leaves_no_process(new_node: New) -> None:
-    node = new_node(register=False)
-    node.start()
+def test_plaintext_goes_to_this_machine_only(running: Any) -> None:
+    coordinator = running.site.coordinator.model_copy(update={"address": "coordinator.example.org:9443"})
+    with pytest.raises(ConfigError, match="--insecure is plaintext"):
+        check_address(coordinator, insecure=True)
 
-    def children() -> list[psutil.Process]:
-        status = node.status()
-        both = bool(status) and status["worker"]["pid"] and status["supernode"]["pid"]
-        return node.family() if both else []
 
-    deadline = time.monotonic() + 30
-    while len(family := children()) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    node.process.kill()
-    node.process.wait()
-    gone, alive = psutil.wait_procs(family, timeout=5)
+def test_a_node_that_is_killed_at_work_leaves_no_process(running: Any, new_config: New) -> None:
+    """The last test of the module's node."""
+    running.up()
+    running.link.send(running.id, "train", train(new_config(**LONG), "orphans"))
+    running.at_work("orphans")
+    family = running.family()
+    assert len(family) >= 2
+    running.process.kill()
+    running.process.wait()
+    _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
-    assert len(gone) >= 2
