@@ -7,6 +7,7 @@ line; any other fault leaves as a fixed sentence, and its text stays in the log.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, NoReturn
@@ -114,8 +115,9 @@ def _told(handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
 
     async def many(data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         try:
-            async for message in stream(parse(data), context):
-                yield message
+            async with aclosing(stream(parse(data), context)) as messages:
+                async for message in messages:
+                    yield message
         except Exception as error:
             await _fail(error, context, method)
 

@@ -9,10 +9,11 @@ import asyncio
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from shared.processes import LAUNCHER
 
 Form = Literal["adapter", "merged"]
 FORMS = get_args(Form)
+UNFINISHED = ".export-"
 COMMAND = (sys.executable, "-m", "server.control.exporting")
 CHUNK = 1 << 20  # bytes of a message
 
@@ -37,7 +39,7 @@ class Asked:
     round: int  # 0: the last committed one
 
 
-async def tar(asked: Asked, *, database: str, scratch: Path) -> AsyncIterator[bytes | str]:
+async def tar(asked: Asked, *, database: str, scratch: Path) -> AsyncGenerator[bytes | str]:
     """Yield the bytes of a tar of the exported folder, and at last their SHA-256, hexadecimal.
 
     Parameters
@@ -56,7 +58,7 @@ async def tar(asked: Asked, *, database: str, scratch: Path) -> AsyncIterator[by
         raise ConfigError(f"form={asked.form!r} must be one of {', '.join(FORMS)}.")
     if asked.round < 0:
         raise ConfigError(f"round={asked.round} must be at least 1, or 0 for the last.")
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=scratch) as place:
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=scratch) as place:
         out, packed = Path(place) / "out", Path(place) / "out.tar"
         await _write(asked, out, database)
         await asyncio.to_thread(_pack, out, packed)
@@ -66,6 +68,12 @@ async def tar(asked: Asked, *, database: str, scratch: Path) -> AsyncIterator[by
                 digest.update(chunk)
                 yield chunk
         yield digest.hexdigest()
+
+
+def tidy(scratch: Path) -> None:
+    """Remove what exports left that were cut off with their daemon; when nobody exports."""
+    for left in scratch.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 async def _write(asked: Asked, out: Path, database: str) -> None:

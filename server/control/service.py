@@ -7,9 +7,9 @@ goes on; what a daemon alone can do is behind `registrar`.
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ log = logging.getLogger("moonflower.control")
 
 LARGEST_REQUEST = 64 << 20  # bytes: a public test set
 CALLS = 64  # at once, over all clients
+WATCHERS = 48  # of them: there is always room to stop a run
 THREADS = 8  # that ask the database
 POLL = 0.5  # seconds between a watcher's looks at the history
 PAGE = 500  # progress rows that a watcher is told at once
@@ -61,6 +62,7 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
         self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="control")
         self.closing = asyncio.Event()
         self._exports = asyncio.Semaphore(1)
+        self._watchers = 0
 
     async def in_thread(self, work: Callable[..., T], *arguments: Any, **named: Any) -> T:
         """Ask the history without holding the loop up."""
@@ -106,7 +108,18 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def WatchRun(self, request: pb.WatchRunRequest, _context: object) -> AsyncIterator[pb.WatchRunResponse]:
         """Tell a run's progress after a cursor, as it happens, until the run has finished."""
-        run, after = (await self.in_thread(self._run, request.run)).id, request.after
+        run = (await self.in_thread(self._run, request.run)).id
+        if self._watchers >= WATCHERS:
+            raise Away(f"{WATCHERS} watch already, which is all that may; try again in a while.")
+        self._watchers += 1
+        try:
+            async with aclosing(self._watch(run, request.after)) as events:
+                async for told in events:
+                    yield told
+        finally:
+            self._watchers -= 1
+
+    async def _watch(self, run: str, after: int) -> AsyncGenerator[pb.WatchRunResponse]:
         told: Run | None = None
         while True:
             now = await self.in_thread(self.history.run, run)  # before its progress: what led to it is told first
@@ -171,11 +184,13 @@ class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):
         async with self._exports:
             log.info("run %s: %s exported by %s", run.id, form, CALLER.get())
             asked = exporting.Asked(run.id, folder, form, request.round)
-            async for part in exporting.tar(asked, database=self.history.url, scratch=self.settings.state):
-                if isinstance(part, bytes):
-                    yield pb.ExportModelResponse(data=part)
-                else:
-                    yield pb.ExportModelResponse(sha256=part)
+            tar = exporting.tar(asked, database=self.history.url, scratch=self.settings.state)
+            async with aclosing(tar) as parts:
+                async for part in parts:
+                    if isinstance(part, bytes):
+                        yield pb.ExportModelResponse(data=part)
+                    else:
+                        yield pb.ExportModelResponse(sha256=part)
 
     def _run(self, asked: str) -> Run:
         if asked != "last":
@@ -239,6 +254,7 @@ async def start(settings: Settings, history: History, registrar: Registrar, *, i
         Where certificate, key or tokens cannot be read, or the port cannot be had.
     """
     submission.tidy(settings.runs)
+    exporting.tidy(settings.state)
     credentials = None if insecure else _credentials(settings)
     door = Door(None if insecure else Tokens.load(settings.tokens))
     server = grpc.aio.server(interceptors=[door], options=OPTIONS, maximum_concurrent_rpcs=CALLS)
@@ -256,6 +272,7 @@ async def start(settings: Settings, history: History, registrar: Registrar, *, i
         raise ConfigError(
             f"control.host={host!r}, control.port={port}: cannot listen there; is the port taken, or the host not this machine's?"
         ) from None
+    await state.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)  # the history is open
     await server.start()
     return Service(server, bound, coordinator, state)
 

@@ -36,8 +36,8 @@ def resolve(session: Session, run_id: str) -> str:
     if not nothing and session.get(RunRow, run_id, options=[load_only(RunRow.id)]) is not None:
         return run_id
     starts = RunRow.id.startswith(run_id, autoescape=True)  # SQLite's LIKE takes A for a, so look again
-    found = [] if nothing else session.scalars(select(RunRow.id).where(starts))
-    ids = [each for each in found if each.startswith(run_id)]
+    ids = [] if nothing else list(session.scalars(select(RunRow.id).where(starts)))
+    ids = [found for found in ids if found.startswith(run_id)]
     if not ids:
         raise NotFoundError(f"There is no run '{run_id}' here; `moonflower history runs` lists them.")
     if len(ids) > 1:
