@@ -25,7 +25,7 @@ LONG_COLUMNS = ("ledger_id", "ledger_head")  # not in a table
 NO_PRIVACY = "∞ (no privacy)"
 RUN_COLUMNS = [
     *("run", "name", "status", "rounds_done", "rounds_planned", "privacy", "created_at", "finished_at"),
-    *("private", "version", "config_digest"),  # not in a table
+    *("private", "version", "config_digest", "origin", "submitted_by", "stop_requested_at"),  # not in a table
 ]
 ROUND_COLUMNS = ["round", "attempt", "phase", "started_at", "seconds", "checkpoint", "bytes"]
 
@@ -87,7 +87,7 @@ def runs(database: str, style: Format, limit: int) -> None:
     with _open(database) as store:
         found = store.runs(limit=_one_more(limit))
     rows = [_run_row(run) for run in found]
-    shown = {"table": RUN_COLUMNS[:-3]}.get(style, RUN_COLUMNS)
+    shown = {"table": RUN_COLUMNS[:-6]}.get(style, RUN_COLUMNS)
     kept = rows[:limit] if limit else rows
     show(kept, shown, style, title="Runs, newest first", note=_note(rows, limit))
 
