@@ -145,6 +145,7 @@ def test_what_was_trained_is_in_the_export_and_matters(lora, runs, computed, tin
             assert all("encoder.layer.1." in name for name in moved), moved
             assert len(moved) == 4  # query, and three dense layers
         assert not any("pooler" in name for name in moved)
+        assert exported.config.hidden_dropout_prob == base.config.hidden_dropout_prob == 0.1  # and not the run's 0
     with safe_open(folders["adapter"] / "adapter_model.safetensors", framework="pt") as held:
         assert all(held.get_tensor(name).abs().max() > 0 for name in held.keys() if "lora_B" in name)  # noqa: SIM118
 
