@@ -125,7 +125,10 @@ def _fill(part: Path, source: Source, model: LoadedModel, form: Form) -> None:
         )
     (part / "privacy_statement.json").write_text(statement_page.as_json(source.statement) + "\n", encoding="utf-8")
     (part / "privacy_statement.html").write_text(statement_page.as_page(source.statement) + "\n", encoding="utf-8")
-    (part / "README.md").write_text(card.make(source, form, base), encoding="utf-8")
+    readme = part / "README.md"
+    readme.write_text(card.make(source, form, base), encoding="utf-8")
+    for file in part.rglob("*.safetensors"):
+        file.chmod(readme.stat().st_mode)  # as the user's umask has it; safetensors makes files for the owner alone
 
 
 def _plain(folder: str) -> torch.nn.Module:

@@ -155,6 +155,7 @@ def test_a_folder_holds_no_pickle_and_no_path_of_this_machine(form, folders, tin
     files = [file for file in folders[form].rglob("*") if file.is_file()]
     assert {file.suffix for file in files} <= SAFE
     assert (form == "adapter") is not (folders[form] / "model.safetensors").exists()
+    assert len({file.stat().st_mode for file in files}) == 1  # the weights are read by whoever reads the card
     for file in files:
         content = file.read_bytes()
         for place in (tiny_model.parent, runs[form].home, folders[form].parent):
