@@ -121,6 +121,7 @@ async def _serve(settings: Settings, history: History, *, insecure: bool) -> Non
         await _until(
             ending,
             superlink.supervise(ready),
+            superlink.listen(),
             sites.follow(),
             queue.work(),
             _report(settings.state / STATUS, now),

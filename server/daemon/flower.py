@@ -4,6 +4,7 @@ Flower's Control and Runtime APIs, by Flower's own clients; nothing else in the 
 block for `SECONDS` and belongs in a thread.
 """
 
+import ssl
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -41,6 +42,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from shared.errors import MoonflowerError
 
 SECONDS = 30.0  # of any call; the clients' own limit
+SOON = 10.0  # seconds in which a SuperLink that works answers `alive`
 FINISHED = "finished"
 T = TypeVar("T")
 
@@ -108,6 +110,8 @@ class Flower:
             master_secret=secret, protected_methods={"/flwr.proto.Runtime/AcquireTask"}
         )
         self._control = ControlHttpClient.from_server_address(address, insecure, root, [version])
+        scheme, verify = ("http", True) if ca is None else ("https", ssl.create_default_context(cafile=ca))
+        self._probe = ControlHttpClient(f"{scheme}://{address}", interceptors=[version], verify=verify, timeout=SOON)
         self._runtime = RuntimeHttpClient.from_server_address(address, insecure, root, [version, acquiring])
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "pyproject.toml").write_text(BUNDLE, encoding="utf-8")
@@ -116,8 +120,16 @@ class Flower:
 
     def close(self) -> None:
         """Let go of the connections: a SuperLink waits for them when it is to end."""
-        self._control.close()
-        self._runtime.close()
+        for client in (self._control, self._probe, self._runtime):
+            client.close()
+
+    def alive(self) -> bool:
+        """Whether it does its part: a look into its state, answered within `SOON` seconds."""
+        try:
+            _asked(lambda: self._probe.ListNodes(ListNodesRequest()))
+        except SuperLinkError:
+            return False
+        return True
 
     def nodes(self) -> list[Node]:
         """Give the nodes that are registered."""

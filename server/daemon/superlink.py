@@ -5,9 +5,11 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
 import sqlite3
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +22,8 @@ log = logging.getLogger("moonflower.daemon")
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 FLOWERS_OWN = re.compile(r"^(?:\S+Z )?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s*:?\s+")
 POLL = 0.1  # seconds
+LISTEN = 5.0  # seconds between looks whether it still answers
+SILENT, STARTING = 25.0, 180.0  # seconds without an answer until it is ended: when it was up, and when it starts
 STOP = 2.0  # seconds that it gets to end by itself
 
 
@@ -114,11 +118,23 @@ class SuperLink:
             await asyncio.sleep(POLL)
 
     async def _answers(self) -> bool:
-        try:
-            await asyncio.to_thread(self.flower.nodes)
-        except SuperLinkError:
-            return False
-        return True
+        return await asyncio.to_thread(self.flower.alive)
+
+    async def listen(self) -> None:
+        """End it where it lives and does not answer any more, for ever; `supervise` starts it again."""
+        heard, silences, known = time.monotonic(), 0, None
+        while True:
+            await asyncio.sleep(LISTEN)
+            pid = self.pid
+            if pid is None or pid != known or await self._answers():
+                heard, silences, known = time.monotonic(), 0, pid
+                continue
+            silences += 1
+            silent = time.monotonic() - heard
+            # Twice: this process, too, may have stood still meanwhile.
+            if silences > 1 and silent > (SILENT if self.up.is_set() else STARTING) and self.pid == pid:
+                log.error("flower-superlink has not answered for %.0f s; it is ended", silent)
+                os.kill(pid, signal.SIGKILL)
 
     async def stop(self) -> None:
         """End it for good."""

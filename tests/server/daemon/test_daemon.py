@@ -84,6 +84,18 @@ def test_a_superlink_that_dies_is_started_again_where_it_was_with_the_nodes_it_h
     assert "flower-superlink ended (signal 9); it is started again" in coordinator.log
 
 
+@pytest.mark.slow
+def test_a_superlink_that_hangs_is_ended_and_started_again_within_a_minute(
+    coordinator: Coordinator, daemon: subprocess.Popen[bytes]
+):
+    before = coordinator.status()["superlink"]
+    os.kill(before["pid"], signal.SIGSTOP)
+    wait_for(lambda: coordinator.status()["superlink"]["ended"] == 1, 60)
+    wait_for(lambda: coordinator.up(daemon))
+    assert coordinator.status()["superlink"]["pid"] != before["pid"]
+    assert "flower-superlink has not answered for" in coordinator.log
+
+
 def test_a_site_that_is_revoked_in_enrolment_json_is_out_within_seconds_and_for_good(
     coordinator: Coordinator, daemon: subprocess.Popen[bytes]
 ):
