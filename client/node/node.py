@@ -29,7 +29,7 @@ log = logging.getLogger("moonflower.node")
 
 POLL = 0.1  # seconds between looks for a task: what a message waits, on the average, is half of it
 STALE = 0.5  # seconds between looks at what the status file says
-READING = 120.0  # seconds for a worker to read a request
+READING = 120.0  # seconds for a worker to read a request, and to refuse one that names no deadline
 PATIENCE = 2.0  # times the run's deadline: a slow answer is kept for a retry, one that never comes is not
 FAREWELL = 2.5  # seconds for the last reply to go to the coordinator
 GRACE = 5.0  # seconds for the SuperNode to sign off
@@ -153,14 +153,15 @@ class Node:
         if envelope is None:
             task.finish(ok=False)
             return
-        done = self._answer(envelope, began_at)
+        done = self._answer(envelope)
         task.push(done.reply, ok=done.outcome == "ok")
         self._answered(done, time.monotonic() - began_at)
         if self._stopping:
             self._supernode.sent.wait(FAREWELL)
 
-    def _answer(self, envelope: Envelope, began_at: float) -> Done:
+    def _answer(self, envelope: Envelope) -> Done:
         """Have the worker answer; where it cannot, say so in its place."""
+        given_at = time.monotonic()
 
         def tick(began: Began | None) -> None:
             if began is not None and self._status.task is None:
@@ -169,9 +170,7 @@ class Node:
                 log.info("%s of run %s, round %d", began.kind, began.run, began.round)
             self._tick()
             limit = PATIENCE * began.deadline if began is not None and began.deadline else READING
-            if began is not None and not began.deadline:
-                limit = float("inf")
-            if time.monotonic() - began_at > limit:
+            if time.monotonic() - given_at > limit:
                 raise _HungError(limit)
 
         try:

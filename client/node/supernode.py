@@ -44,6 +44,7 @@ HARMLESS = (
     "Cannot store message",
     "SSL/TLS handshake error detected",
 )
+ESCAPE = "\x1b"  # begins a colour of Flower's, and must not reach a terminal from elsewhere
 LINE = re.compile(r"(?:\x1b\[\d+m)?(DEBUG|INFO|WARNING|ERROR)\s*(?:\x1b\[0m)?\s*:\s*(.*)")
 
 
@@ -141,7 +142,8 @@ class SuperNode:
         return [*command, "--root-certificates", str(own.ca), "--auth-supernode-private-key", str(own.key)]
 
     def _line(self, text: str) -> None:
-        """Take one line of its output, in the thread that reads them."""
+        """Take one line of its output, in the thread that reads them. The coordinator may have a hand in it."""
+        text = "".join(letter if letter.isprintable() or letter == ESCAPE else "?" for letter in text)
         found = LINE.match(text)
         level, said = (found[1], found[2]) if found else ("", text)
         flower.debug("%s", text)
@@ -158,11 +160,11 @@ class SuperNode:
         elif said.startswith("Sent successfully"):
             self.sent.set()
         elif said.startswith(("Failed to receive message", "Failed to send message")):
-            log.warning("SuperNode: %s", said)
+            log.warning("SuperNode: %s", said.replace(ESCAPE, "?"))
         elif (level == "ERROR" and not said.startswith(("Exit Code", *HARMLESS))) or said.startswith(
             "Exception in thread"
         ):
-            self._lost(f"the SuperNode met an error: {said[:200]}")
+            self._lost(f"the SuperNode met an error: {said[:200].replace(ESCAPE, '?')}")
             self._stuck = True
 
     def _connected(self, text: str) -> None:

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -114,7 +115,11 @@ class Worker:
         """
         if self._process is None:
             if time.monotonic() >= self._restart_at:
-                self.start()
+                try:
+                    self.start()
+                except OSError as error:  # no memory for a process, say
+                    log.error("the worker cannot be started: %s", error)
+                    self._back_off()
             return None
         if not self.ready and self._pipe and self._pipe.poll():
             with suppress(EOFError, OSError):
@@ -141,18 +146,18 @@ class Worker:
         if self._pipe is None or self._process is None:
             raise WorkerDiedError("the worker is not there.")
         began: Began | None = None
-        try:
-            self._pipe.send(envelope)
-            while True:
-                if self._pipe.poll(0.1):
-                    said = self._pipe.recv()
-                    if isinstance(said, Done):
-                        return said
-                    began = said
-                tick(began)
-        except (EOFError, OSError):
-            self._process.wait()
-            raise WorkerDiedError(f"the worker {how(self._ended())}.") from None
+        # In a thread of its own, for a worker that hangs takes nothing; one that is ended ends it too.
+        threading.Thread(target=_send, args=(self._pipe, envelope), name="to the worker", daemon=True).start()
+        while True:
+            try:
+                said = self._pipe.recv() if self._pipe.poll(0.1) else None
+            except (EOFError, OSError):
+                self._process.kill()  # if it has only closed its end, it is of no more use
+                raise WorkerDiedError(f"the worker {how(self._ended())}.") from None
+            if isinstance(said, Done):
+                return said
+            began = said or began
+            tick(began)
 
     def end(self) -> None:
         """End the process at once; its ledger is written before anything is sent, so that nothing is lost."""
@@ -170,10 +175,18 @@ class Worker:
             self._delay = BACKOFF[0]
             self._restart_at = 0.0
         else:
-            self._restart_at = time.monotonic() + self._delay
-            self._delay = min(2 * self._delay, BACKOFF[1])
+            self._back_off()
         self._process, self._pipe, self.ready = None, None, False
         return code
+
+    def _back_off(self) -> None:
+        self._restart_at = time.monotonic() + self._delay
+        self._delay = min(2 * self._delay, BACKOFF[1])
+
+
+def _send(pipe: Connection, envelope: "Envelope") -> None:
+    with suppress(OSError):  # who waits for the reply sees that the worker has ended
+        pipe.send(envelope)
 
 
 def how(code: int) -> str:
@@ -248,6 +261,7 @@ def _done(reply: "Message") -> Done:
 
 def _began(message: "Message") -> Began:
     """Read what a request says of itself, as far as it can be read: for the status, and to know when to give up."""
+    from client.answers import RUN
     from shared.messages import FLOWER_TYPES
 
     values: Any = message.content.get("values", {})
@@ -255,10 +269,11 @@ def _began(message: "Message") -> Began:
     with suppress(ValueError, TypeError, KeyError, AttributeError):
         deadline = float(json.loads(values["config"])["federation"]["deadline"])
     number = values.get("round", 0)
+    run = values.get("run")
     kinds: dict[str, str] = {sent: kind for kind, sent in FLOWER_TYPES.items()}
     return Began(
         kinds.get(message.metadata.message_type, "unknown"),
-        str(values.get("run", ""))[:100],
+        run if isinstance(run, str) and RUN.fullmatch(run) else "?",
         number if type(number) is int else 0,
         deadline,
     )

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from email.utils import formatdate
 
 import h11
 import httpx
@@ -160,6 +161,7 @@ class Connection:
         headers = [
             ("content-type", "application/json"),
             ("content-length", str(len(content))),
+            ("date", formatdate(usegmt=True)),  # a site's preflight compares its clock with it
             ("connection", "close"),
         ]
         if refusal.status == 503:

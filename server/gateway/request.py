@@ -32,7 +32,7 @@ IDENTITY = (b"flwr-public-key", b"flwr-timestamp", b"flwr-signature")
 INWARD = frozenset(
     (*IDENTITY, b"content-type", b"accept", b"flwr-package-name", b"flwr-package-version", b"flwr-component-name")
 )
-OUTWARD = frozenset((b"content-type", b"content-length", b"flwr-version-incompatibility-message"))
+OUTWARD = frozenset((b"content-type", b"content-length", b"date", b"flwr-version-incompatibility-message"))
 
 MAX_HEAD = 16 * 1024  # bytes of a request's line and headers; a SuperNode's are about 1 kB
 

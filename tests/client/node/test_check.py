@@ -20,6 +20,7 @@ def look(node: Any, **options: Any) -> dict[str, Finding]:
     return {finding.name: finding for finding in checks.check(sites.load(node.file), node.file, **options)}
 
 
+@pytest.mark.slow
 def test_a_site_that_is_ready_is_ok_in_every_line_and_its_model_is_tried(new_node: New, tiny_model: Path) -> None:
     node = new_node(privacy={"models": [str(tiny_model)]})
     said = node.moonflower("check")

@@ -83,6 +83,7 @@ def test_a_worker_killed_at_work_is_an_error_reply_at_once_and_the_node_goes_on(
     assert "was killed (SIGKILL" in status["last_error"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_beyond_the_runs_deadline_is_ended_and_reported(running: Any, new_config: New) -> None:
     running.up()
     request = train(new_config(**LONG, federation={"deadline": 1.0}), "hung")
@@ -145,6 +146,7 @@ def test_the_sites_people_read_its_status_without_the_coordinator(running: Any) 
     assert "requests answered since it was started:" in said.stdout
 
 
+@pytest.mark.slow
 def test_sigterm_stops_a_node_at_work_within_ten_seconds_with_a_last_reply(new_node: New, new_config: New) -> None:
     node = new_node()
     node.start()
