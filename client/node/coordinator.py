@@ -6,6 +6,7 @@ after the key, and refused without a change of anything. It carries nothing of t
 
 import base64
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -21,10 +22,11 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_private_key,
 )
 from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from google.protobuf.message import Message as ProtobufMessage
 
 from client.site import Coordinator
 from shared.errors import ConfigError
@@ -70,9 +72,36 @@ def knock(coordinator: Coordinator) -> Knock:
     ConfigError
         Where the site's key or the authority's certificate cannot be read.
     """
+    now = datetime.now(UTC)
+    try:
+        answer = _signed(coordinator, "activate-node", lambda public: ActivateNodeRequest(public_key=public), now)
+    except httpx.ConnectError as error:
+        return Knock(_unreached(coordinator, str(error)))
+    except httpx.TransportError as error:
+        return Knock(f"{coordinator.address} does not answer ({type(error).__name__}); check address and network.")
+    said = Knock(_trouble(coordinator, answer), True, _skew(answer, now))
+    return said if said.in_time or not said.trouble else Knock(said.clock(), True, said.skew)
+
+
+def sign_off(coordinator: Coordinator, node: int) -> bool:
+    """Tell the coordinator that a connection of this site is over, whose SuperNode has not; return whether it was heard.
+
+    Otherwise the coordinator believes it, and lets no other in, until its heartbeats have been missed for a minute.
+    """
+    request = DeactivateNodeRequest(node_id=node)
+    try:
+        answer = _signed(coordinator, "deactivate-node", lambda _: request, datetime.now(UTC))
+    except httpx.TransportError:
+        return False
+    return answer.is_success
+
+
+def _signed(
+    coordinator: Coordinator, call: str, request: Callable[[bytes], ProtobufMessage], now: datetime
+) -> httpx.Response:
+    """Make one of a node's calls, signed as a SuperNode signs; `request` is given the public key, PEM."""
     key, context = private_key(coordinator.key), trust(coordinator.ca)
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    now = datetime.now(UTC)
     signed = key.sign(now.isoformat().encode("ascii"), ec.ECDSA(hashes.SHA256()))
     headers = {
         "content-type": PROTOBUF_MEDIA_TYPE,
@@ -81,17 +110,9 @@ def knock(coordinator: Coordinator) -> Knock:
         TIMESTAMP_HEADER: now.isoformat(),
         FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(signed).decode("ascii"),
     }
-    content = ActivateNodeRequest(public_key=public, heartbeat_interval=0).SerializeToString()
-    url = f"https://{coordinator.address}/v1/fleet/activate-node"
-    try:
-        with httpx.Client(verify=context, timeout=PATIENCE, trust_env=False) as client:
-            answer = client.post(url, content=content, headers=headers)
-    except httpx.ConnectError as error:
-        return Knock(_unreached(coordinator, str(error)))
-    except httpx.TransportError as error:
-        return Knock(f"{coordinator.address} does not answer ({type(error).__name__}); check address and network.")
-    said = Knock(_trouble(coordinator, answer), True, _skew(answer, now))
-    return said if said.in_time or not said.trouble else Knock(said.clock(), True, said.skew)
+    url = f"https://{coordinator.address}/v1/fleet/{call}"
+    with httpx.Client(verify=context, timeout=PATIENCE, trust_env=False) as client:
+        return client.post(url, content=request(public).SerializeToString(), headers=headers)
 
 
 def private_key(path: Path) -> ec.EllipticCurvePrivateKey:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from client.node.coordinator import UNKNOWN_KEY, knock
+from client.node.coordinator import UNKNOWN_KEY, knock, sign_off
 from client.node.runtime import Runtime
 from client.site import Coordinator
 from shared import certificates
@@ -81,6 +81,7 @@ class SuperNode:
         env |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
         mark = f"node {state.absolute()}"
         kill(family(mark))  # what an earlier node left, if anything outlived it; this one holds the state's lock
+        self._last = state / "runtime" / "connection"  # the last one: the node's id, and the machine
         self._process = Supervised("flower-supernode", self._command, env, on_line=self._line, mark=mark)
 
     @property
@@ -97,6 +98,7 @@ class SuperNode:
 
     def start(self) -> None:
         """Start it."""
+        self._sign_off()
         self._process.start()
 
     def poll(self) -> None:
@@ -152,6 +154,7 @@ class SuperNode:
         if ONLINE in said:
             self._online = True
         elif said.startswith("SuperNode ID:"):
+            self._last.write_text(f"{said.partition(':')[2].strip()} {socket.gethostname()}", encoding="utf-8")
             self._connected("connected to the coordinator")
         elif said.startswith("Connection attempt failed"):
             self._lost(f"{self._coordinator.address} does not answer; trying again for as long as it takes.")
@@ -177,10 +180,22 @@ class SuperNode:
             log.warning("%s", reason)
         self.connected_since, self.trouble = None, reason
 
+    def _sign_off(self) -> bool:
+        """Sign this machine's last connection off, whose SuperNode is gone; return whether it was still believed."""
+        try:
+            node, machine = self._last.read_text(encoding="utf-8").split()
+        except (OSError, ValueError):  # there was none, or its file was cut off
+            return False
+        own = machine == socket.gethostname() and node.isdecimal() and not self._insecure
+        return own and sign_off(self._coordinator, int(node))
+
     def _explain(self, code: int) -> None:
         """Say in one line why it ended, as far as the coordinator's door tells; in a thread, for that can take seconds."""
         self._not_before = 0.0
         if self._ending:
+            return
+        if self._sign_off():
+            self._lost(f"the SuperNode ended (code {code}) and is started again.")
             return
         if self._online:
             self._lost("the coordinator still believes this site's last connection; it forgets it within a minute.")
