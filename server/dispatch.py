@@ -84,6 +84,7 @@ class Desk:
 
     def __init__(self, grid: Grid, dropped: Callable[[Letter, str], None]) -> None:
         self._grid, self._dropped = grid, dropped
+        self._fetch_replies = mail.fetcher(grid)
         self.online: dict[int, Node] = {}  # as of the last look
         self._under_way: dict[str, Letter] = {}
         self._answered: dict[str, Letter] = {}  # of the question asked last
@@ -178,7 +179,7 @@ class Desk:
         """Yield what has come: answers to the question `first` before others, and none to `but`."""
         letters = {key: letter for key, letter in self._under_way.items() if but is None or letter.question is not but}
         ids = sorted(letters, key=lambda key: letters[key].question is not first)
-        return mail.fetch(self._grid, ids, max((each.question.largest for each in letters.values()), default=SMALL))
+        return self._fetch_replies(ids, max((each.question.largest for each in letters.values()), default=SMALL))
 
     def _sort(self, message: Message, question: Question[Any] | None, missing: Mapping[int, str]) -> Letter | None:
         """Return the letter that a message answers if it is awaited; keep, or drop, any other."""

@@ -3,9 +3,11 @@
 Whatever fails here is the machine's fault, or the network's: the attempt ends, and the next one goes on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 from flwr.app import DEFAULT_TTL, Message, RecordDict
 from flwr.serverapp import Grid
@@ -15,6 +17,7 @@ from shared.messages import FLOWER_TYPES, Kind
 
 MEMORY = 64 * 2**20  # bytes of honest replies that are fetched at once
 LONGEST = 300  # characters of another library's error
+Fetch = Callable[[Sequence[str], int], Iterator[Message]]
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,25 @@ def push(grid: Grid, kind: Kind, number: int, content: RecordDict, nodes: Sequen
     return {node: key for node, key in zip(nodes, ids, strict=False) if key}
 
 
-def fetch(grid: Grid, ids: Sequence[str], largest: int) -> Iterator[Message]:
-    """Yield the replies that are there, fetched in shares of `MEMORY` by the size of an honest reply, at least one."""
+def fetcher(grid: Grid) -> Fetch:
+    """Return what yields the replies to messages that are there, when an honest reply has at most so many bytes.
+
+    Of a real SuperLink a reply is fetched piece by piece, and never more of it; elsewhere in shares of `MEMORY`.
+    """
+    if not hasattr(type(grid), "_runtime_client"):  # as flwr's HttpGrid has, whose module takes a second to import
+        return partial(_fetch, grid)
+    from server.parcels import Parcels
+
+    parcels = Parcels(cast(Any, grid))
+
+    def fetch(ids: Sequence[str], largest: int) -> Iterator[Message]:
+        with _reached():
+            yield from parcels.fetch(ids, largest)
+
+    return fetch
+
+
+def _fetch(grid: Grid, ids: Sequence[str], largest: int) -> Iterator[Message]:
     share = max(1, MEMORY // largest)
     for start in range(0, len(ids), share):
         with _reached():

@@ -75,6 +75,7 @@ class SuperLink:
     port: int
     lines: list[str] = field(default_factory=list)
     child: Child | None = None
+    isolation: tuple[str, ...] = ("--isolation", "subprocess")
 
     @property
     def address(self) -> str:
@@ -90,7 +91,7 @@ class SuperLink:
         command = [
             *(str(BIN / "flower-superlink"), "--host", "127.0.0.1", "--port", str(self.port)),
             *("--ssl-ca-certfile", str(self.tls.ca), "--ssl-certfile", str(self.tls.certificate)),
-            *("--ssl-keyfile", str(self.tls.key), "--enable-supernode-auth", "--isolation", "subprocess"),
+            *("--ssl-keyfile", str(self.tls.key), "--enable-supernode-auth", *self.isolation),
             *("--database", str(self.folder / "link.db"), "--disable-runtime-dependency-installation"),
         ]
         self.child = Child("flower-superlink", command, self.environment, on_line=self.lines.append)
