@@ -85,6 +85,7 @@ async def _serve(settings: Settings, history: History, *, insecure: bool) -> Non
         superlink.ca,
         settings.gateway,
         enrolled,
+        settings.state,
     )
 
     async def ready() -> None:

@@ -10,11 +10,21 @@ from email.utils import formatdate
 import h11
 import httpx
 
+from server.gateway import letters
 from server.gateway.counts import Counts
 from server.gateway.identity import Enrolled
 from server.gateway.limits import Limits
 from server.gateway.rates import Buckets
-from server.gateway.request import FOR_NODES, FOR_NODES_WITHOUT_KEYS, MAX_HEAD, Refusal, check
+from server.gateway.request import (
+    FOR_NODES,
+    FOR_NODES_WITHOUT_KEYS,
+    MAX_HEAD,
+    PUSH_MESSAGES,
+    PUSH_OBJECT,
+    Refusal,
+    check,
+)
+from server.gateway.room import Room
 from server.gateway.upstream import Upstream, outward
 
 CHUNK = 64 * 1024
@@ -35,6 +45,8 @@ class Shared:
     upstream: Upstream
     counts: Counts
     rates: Buckets
+    room: Room | None = None  # on the SuperLink's disk
+    received: dict[str, int] = field(default_factory=dict)  # bytes of each site's bodies, since the start
     in_flight: dict[str, int] = field(default_factory=dict)  # of each site
     stopping: bool = False
 
@@ -104,14 +116,19 @@ class Connection:
             raise Refusal(503, "stopping", "the coordinator is restarting")
         if shared.in_flight.get(site, 0) >= shared.limits.requests_in_flight:
             raise Refusal(503, "in flight", f"{shared.limits.requests_in_flight} requests of this site are in flight")
+        if head.path == PUSH_OBJECT and shared.room is not None and shared.room.full(shared.received):
+            raise Refusal(503, "disk", "the coordinator's disk is nearly full")
         self.busy = True
         shared.in_flight[site] = shared.in_flight.get(site, 0) + 1
         try:
             if wait := shared.rates.take(site, time.monotonic(), debt=True):
                 shared.counts.add("delayed")
                 await asyncio.sleep(wait)
+            body = self._body()
+            if head.path == PUSH_MESSAGES:
+                body = _at_once(letters.check(b"".join([part async for part in body])))
             shared.counts.add("passed")
-            async with shared.upstream.ask(head, self._body()) as response:
+            async with shared.upstream.ask(head, body) as response:
                 await self._reply(response)
         finally:
             shared.in_flight[site] -= 1
@@ -135,6 +152,7 @@ class Connection:
                 return
             received += len(event.data)
             self._shared.counts.add("bytes in", len(event.data))
+            self._shared.received[self._site] = self._shared.received.get(self._site, 0) + len(event.data)
             yield bytes(event.data)
 
     async def _reply(self, response: httpx.Response) -> None:
@@ -201,3 +219,7 @@ class Connection:
                 await self._writer.drain()
         except TimeoutError:
             raise Slow("reply") from None
+
+
+async def _at_once(body: bytes) -> AsyncIterator[bytes]:
+    yield body

@@ -23,6 +23,7 @@ from server.gateway.counts import Counts
 from server.gateway.identity import Enrolled
 from server.gateway.limits import Limits
 from server.gateway.rates import Buckets
+from server.gateway.room import Room
 from server.gateway.upstream import Upstream
 from shared.errors import ConfigError
 
@@ -72,6 +73,8 @@ class Gateway:
         Sizes, rates, times.
     enrolled : Enrolled | None
         Keys that may enter. None only in plaintext.
+    disk : Path | None
+        A folder on the disk that the SuperLink writes to, whose room is watched.
 
     Raises
     ------
@@ -89,6 +92,7 @@ class Gateway:
         upstream_ca: Path | None,
         limits: Limits,
         enrolled: Enrolled | None,
+        disk: Path | None = None,
     ) -> None:
         if (tls_certificate is None or tls_key is None or enrolled is None) and not is_loopback(host):
             raise ConfigError(
@@ -105,6 +109,7 @@ class Gateway:
             enrolled=enrolled,
             upstream=Upstream(upstream, upstream_ca, limits.upstream_seconds),
             counts=self._counts,
+            room=None if disk is None else Room(disk, limits.least_free_mib << 20),
             rates=Buckets(limits.requests_per_second, limits.requests_per_second * BURST_SECONDS),
         )
         self._arrivals = Buckets(limits.connections_per_second, limits.connections_per_second * BURST_SECONDS)

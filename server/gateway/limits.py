@@ -17,9 +17,10 @@ class Limits(Section):
     of 5 MiB, so these leave room. Each connection takes a file descriptor, and each request in flight another.
     """
 
-    max_request_mib: Count = 64  # a request's body; the SuperLink holds it whole in memory
+    max_request_mib: Count = 16  # a piece of a reply; the SuperLink holds it whole in memory
     requests_per_second: Count = 100  # of one site; above it, its requests wait their turn
-    requests_in_flight: Count = 16  # of one site; above it, 503, which its node tries again
+    requests_in_flight: Count = 8  # of one site; above it, 503, which its node tries again
+    least_free_mib: Count = 1024  # on the SuperLink's disk; below it, pieces of replies get 503
     max_connections: Count = 1024  # when full, the oldest that has shown no enrolled key gives way
     connections_per_address: Count = 64  # an IPv6 address counts as its /64
     connections_per_second: Count = 20  # new ones, of one address; a refused request costs its connection

@@ -1,4 +1,4 @@
-"""What may pass: a request's head, held against the few that a SuperNode sends. It never looks at a body.
+"""What may pass: a request's head, held against the few that a SuperNode sends. Bodies are looked at elsewhere.
 
 A target passes if it is one of the Fleet API's paths, byte for byte. So there is nothing to normalise: encoded
 slashes, dots, queries and absolute addresses are other bytes, and not found. Of the headers, those named here are
@@ -26,7 +26,9 @@ FOR_NODES = frozenset(
     )
 )
 FOR_NODES_WITHOUT_KEYS = FOR_NODES | {b"/v1/fleet/register-node", b"/v1/fleet/unregister-node"}
-ACTIVATE = b"/v1/fleet/activate-node"
+ACTIVATE, PUSH_MESSAGES, PUSH_OBJECT = (
+    f"/v1/fleet/{name}".encode() for name in ("activate-node", "push-messages", "push-object")
+)
 
 IDENTITY = (b"flwr-public-key", b"flwr-timestamp", b"flwr-signature")
 INWARD = frozenset(
@@ -34,6 +36,7 @@ INWARD = frozenset(
 )
 OUTWARD = frozenset((b"content-type", b"content-length", b"date", b"flwr-version-incompatibility-message"))
 
+MOST_WORDS = 256 * 1024  # bytes of any other body than a piece of a reply: an envelope of 3,600 pieces
 MAX_HEAD = 16 * 1024  # bytes of a request's line and headers; a SuperNode's are about 1 kB
 
 
@@ -87,6 +90,7 @@ def check(request: h11.Request, paths: frozenset[bytes], max_bytes: int) -> Head
             passed[name] = value
     if length is None:
         raise Refusal(411, "framing", "content-length is needed")
-    if length > max_bytes:
-        raise Refusal(413, "size", f"a body of {length} bytes is above this coordinator's limit of {max_bytes}")
+    most = max_bytes if request.target == PUSH_OBJECT else min(max_bytes, MOST_WORDS)
+    if length > most:
+        raise Refusal(413, "size", f"a body of {length} bytes is above this coordinator's limit of {most}")
     return Head(request.target, passed, length)

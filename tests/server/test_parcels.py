@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from doors import SuperLink, free_port, new_site, opened
 from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.proto.runtime_pb2 import PullTaskInputRequest
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.run import Run
@@ -206,3 +207,24 @@ def test_a_reply_answers_what_the_superlink_checked_and_not_what_it_says(playing
 def send(hand: Hand, asked: Message, answer: Message) -> None:
     told = hand.announce(answer)
     assert all(hand.upload(asked.metadata.run_id, told, pieces_of(answer)))
+
+
+@pytest.mark.parametrize("forged", ["a request", "a reply"])
+def test_a_site_that_knows_anothers_node_hands_in_nothing_in_its_name_nor_in_the_coordinators(
+    playing: Playing, forged: str
+) -> None:
+    def forge(hand: Hand, asked: Message) -> None:
+        victim = playing.hands["honest"].node.node_id
+        message = Message(to_record(Refusal("honest", "exhausted", "forged")), reply_to=playing.asked["honest"])
+        if forged == "a request":
+            message = Message(to_record(JoinRequest("other", "{}", "", "{}")), dst_node_id=victim, message_type="query")
+            assert message.metadata.src_node_id == 1  # the coordinator
+        else:
+            message.metadata.__dict__["_src_node_id"] = victim
+        assert hand.announce(message).status_code == 400
+        honest(hand, asked)
+
+    answers = playing.ask(forge)
+    assert {name: each.reply for name, each in answers.items()} == {"hostile": REPLY, "honest": REPLY}
+    request = PullMessagesRequest(node=playing.hands["honest"].node)
+    assert not playing.hands["honest"].call("pull-messages", request, PullMessagesResponse).messages_list

@@ -153,13 +153,19 @@ class Door:
     """A gateway in an event loop of its own, in a thread."""
 
     def __init__(
-        self, upstream: str, upstream_ca: Path | None, tls: Loopback | None, enrolled: Enrolled | None, limits: Limits
+        self,
+        upstream: str,
+        upstream_ca: Path | None,
+        tls: Loopback | None,
+        enrolled: Enrolled | None,
+        limits: Limits,
+        disk: Path | None = None,
     ):
         self.tls, self.enrolled = tls, enrolled
         self.trust = ssl.create_default_context(cafile=str(tls.ca)) if tls else None
         self.gateway = Gateway(
             *("127.0.0.1", 0, tls and tls.certificate, tls and tls.key),
-            *(upstream, upstream_ca, limits, enrolled),
+            *(upstream, upstream_ca, limits, enrolled, disk),
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)

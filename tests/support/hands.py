@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 from doors import Door, Site, signed
 from flwr.app import Message, RecordDict
-from flwr.app.message import make_message
+from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.serde import message_to_proto
 from flwr.common.serde_utils import metadata_from_proto
 from flwr.proto import fleet_pb2, message_pb2
@@ -47,7 +47,7 @@ class Hand:
         reply.metadata.__dict__["_message_id"] = reply.object_id if tree is None else tree.object_id
         request = fleet_pb2.PushMessagesRequest(
             node=self.node,
-            messages_list=[message_to_proto(reply)],
+            messages_list=[message_to_proto(remove_content_from_message(reply))],
             message_object_trees=[tree or get_object_tree(reply)],
         )
         return self.call("push-messages", request, fleet_pb2.PushMessagesResponse)

@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -29,13 +30,14 @@ from doors import (
     until,
 )
 
+from server.gateway import room
 from server.gateway.door import Gateway
 from server.gateway.identity import Enrolled
 from server.gateway.limits import Limits
 from shared.certificates import Loopback
 from shared.errors import ConfigError
 
-PULL = "/v1/fleet/pull-messages"
+PULL, PIECE = "/v1/fleet/pull-messages", "/v1/fleet/push-object"
 
 
 def post(site: Site, body: bytes = b"abc", **extra: str) -> bytes:
@@ -125,7 +127,7 @@ def test_what_follows_a_body_is_another_request_and_is_checked_like_one(site: Si
 def test_the_signature_is_asked_for_before_a_body_is_read(site: Site, public_tls: Loopback) -> None:
     sink = Sink()
     with opened_before_sink(sink, public_tls, {}) as door, dial(door) as connection:
-        connection.sendall(head("POST", PULL, {**signed(site), "content-length": "1000000"}))  # and no body at all
+        connection.sendall(head("POST", PIECE, {**signed(site), "content-length": "1000000"}))  # and no body at all
         assert status(connection.recv(4096)) == 401
     assert not sink.heads
 
@@ -134,22 +136,23 @@ def test_a_body_that_claims_too_much_is_refused_before_it_comes(site: Site, publ
     sink = Sink()
     with opened_before_sink(sink, public_tls, {site.public: "north"}, limits(max_request_mib=1)) as door:
         with client(door) as http:
-            taken = http.post(PULL, headers=signed(site), content=bytes(1 << 20))
-            assert taken.status_code == 200
+            assert http.post(PIECE, headers=signed(site), content=bytes(1 << 20)).status_code == 200
+            assert http.post(PULL, headers=signed(site), content=bytes(256 << 10)).status_code == 200
+            assert http.post(PULL, headers=signed(site), content=bytes((256 << 10) + 1)).status_code == 413
         for size in (2**20 + 1, 2**31, 2**63):
-            answer = exchange(door, head("POST", PULL, {**signed(site), "content-length": str(size)}))
+            answer = exchange(door, head("POST", PIECE, {**signed(site), "content-length": str(size)}))
             assert status(answer) == 413
             assert b"above this coordinator's limit of 1048576" in answer
         chunked = {**signed(site), "transfer-encoding": "chunked"}
         assert status(exchange(door, head("POST", PULL, chunked) + b"ffffffff\r\n" + bytes(2 << 20))) in (411, 0)
-        assert door.counts()["refused: size"] == 3
-    assert sink.received == 1 << 20
+        assert door.counts()["refused: size"] == 4
+    assert sink.received == (1 << 20) + (256 << 10)
 
 
 @pytest.mark.parametrize("size", [100, 5 << 20])
 def test_an_answer_reaches_a_client_that_is_still_sending(size: int, public_tls: Loopback, site: Site) -> None:
     with opened_before_sink(Sink(), public_tls, {}) as door, client(door) as http:
-        assert http.post(PULL, headers=signed(site), content=bytes(size)).status_code == 401
+        assert http.post(PIECE, headers=signed(site), content=bytes(size)).status_code == 401
 
 
 @pytest.mark.parametrize("method", ["HEAD", "CONNECT", "OPTIONS"])
@@ -479,3 +482,30 @@ def test_resets_and_garbage_leave_no_descriptor_behind(public_tls: Loopback) -> 
         until(lambda: door.counts().get("connections") == 60 and door.counts()["open"] == 0, 5)
         assert len(list(Path("/proc/self/fd").iterdir())) <= before
         assert door.counts().get("faults", 0) == 0
+
+
+def test_pieces_wait_while_the_disk_is_nearly_full_and_the_log_says_who_sent_most(
+    site: Site, public_tls: Loopback, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [10 << 30]
+    monkeypatch.setattr(room, "LOOK", 0.0)
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    sink = Sink()
+    door = Door(sink.address, None, public_tls, Enrolled({site.public: "north"}), limits(), tmp_path)
+    try:
+        with client(door) as http:
+            assert http.post(PIECE, headers=signed(site), content=bytes(3 << 20)).status_code == 200
+            free[0] = 1 << 29
+            for _ in range(2):
+                refused = http.post(PIECE, headers=signed(site), content=b"x")
+                assert (refused.status_code, "disk is nearly full" in refused.text) == (503, True)
+            assert http.post(PULL, headers=signed(site), content=b"x").status_code == 200
+            free[0] = 10 << 30
+            assert http.post(PIECE, headers=signed(site), content=b"x").status_code == 200
+    finally:
+        door.close()
+        sink.close()
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(said) == 1
+    assert "512 MiB free, below gateway.least_free_mib=1024" in said[0]
+    assert "north 3 MiB" in said[0]
