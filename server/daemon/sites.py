@@ -44,6 +44,7 @@ class Sites:
         self._superlink, self._enrolled = superlink, enrolled
         self._turn = asyncio.Lock()
         self._stamp: tuple[int, int] | None = None  # of the file as it was taken over
+        self._admitted: dict[str, str] = {}  # keys, and their sites, that the gateway lets in
         self._behind = False  # whether the SuperLink does not know yet what the history says
 
     async def changed(self) -> None:
@@ -104,9 +105,11 @@ class Sites:
             known = {key.public_key: key for key in await self._patiently(self._history.site_keys)}
             for key in listed.sites:
                 its = known.get(key.public_key)
-                if key.revoked and its is not None and its.revoked_at is None:
-                    await self._patiently(self._history.revoke, key.name)
-                    log.info("site %s is revoked", key.name)
+                if key.revoked and (
+                    its is None or its.revoked_at is None
+                ):  # also one that was revoked before it was used
+                    await self._patiently(self._history.forbid, key.name, key.public_key)
+                    log.info("a key of site %s is revoked", key.name)
                 elif not key.revoked and its is None:
                     await self._patiently(self._history.enrol, key.name, key.public_key, renew=True)
                     log.info("site %s is enrolled", key.name)
@@ -114,12 +117,15 @@ class Sites:
         await self.changed()
 
     async def follow(self) -> None:
-        """Take enrolment.json over whenever it changes, for ever; one that cannot be read changes nothing."""
+        """Take enrolment.json over whenever it changes, for ever; one that cannot be read changes nothing.
+
+        The history's keys too, whoever changed them: a call that revokes a key may be broken off before it says so here.
+        """
         while True:
             await asyncio.sleep(LOOK)
             stamp = self._stamp_now()
             if stamp == self._stamp:
-                if self._behind:
+                if self._behind or await self._live() != self._admitted:
                     await self.changed()
                 continue
             try:
@@ -131,8 +137,16 @@ class Sites:
     async def _admit(self) -> None:
         if self._enrolled is None:
             return
+        live = await self._live()
+        self._enrolled.replace(live)
+        self._admitted = live
+
+    async def _live(self) -> dict[str, str]:
+        """Return the site of each key that the history calls alive."""
+        if self._enrolled is None:
+            return {}
         keys = await self._patiently(self._history.site_keys)
-        self._enrolled.replace({key.public_key: key.site for key in keys if key.revoked_at is None})
+        return {key.public_key: key.site for key in keys if key.revoked_at is None}
 
     def _stamp_now(self) -> tuple[int, int] | None:
         try:

@@ -83,6 +83,17 @@ def revoke(session: Session, site: str) -> None:
         live.revoked_at = datetime.now(UTC)
 
 
+def forbid(session: Session, site: str, public_key: str) -> None:
+    """Revoke this key of a site for good, even one that was never enrolled."""
+    key = " ".join(public_key.split()[:2])
+    row = session.get(SiteKeyRow, key, with_for_update=True)
+    now = datetime.now(UTC)
+    if row is None:
+        session.add(SiteKeyRow(public_key=key, site=site, enrolled_at=now, revoked_at=now))
+    elif row.revoked_at is None:
+        row.revoked_at = now
+
+
 def set_node(session: Session, public_key: str, node_id: int | None) -> None:
     """Note what Flower calls the node that has this key."""
     row = session.get(SiteKeyRow, public_key, with_for_update=True)

@@ -286,6 +286,11 @@ class History:
         with self._session(writing=True) as session:
             federation.revoke(session, site)
 
+    def forbid(self, site: str, public_key: str) -> None:
+        """Revoke a key for good, whether or not it was ever enrolled: from now on `enrol` refuses it."""
+        with self._session(writing=True) as session:
+            federation.forbid(session, site, public_key)
+
     def set_node(self, public_key: str, node_id: int | None) -> None:
         """Note Flower's id of the node that has this key."""
         with self._session(writing=True) as session:
