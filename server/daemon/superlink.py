@@ -20,7 +20,7 @@ from shared.processes import Supervised
 
 log = logging.getLogger("moonflower.daemon")
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-FLOWERS_OWN = re.compile(r"^(?:\S+Z )?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s*:?\s+")
+FLOWERS_OWN = re.compile(r"^(?:\S+Z )?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s*:?(?:\s+|$)")
 POLL = 0.1  # seconds
 LISTEN = 5.0  # seconds between looks whether it still answers
 SILENT, STARTING = 25.0, 180.0  # seconds without an answer until it is ended: when it was up, and when it starts
@@ -36,8 +36,8 @@ def child_log(name: str, run: str | None = None) -> Callable[[str], None]:
         text = COLOURS.sub("", line).rstrip()
         claimed = FLOWERS_OWN.match(text)
         level = logging.getLevelNamesMapping()[claimed[1]] if claimed else logging.INFO
-        if text:
-            into.log(level, "%s%s", prefix, text[claimed.end() :] if claimed else text, extra=extra)
+        if said := text[claimed.end() :] if claimed else text:
+            into.log(level, "%s%s", prefix, said, extra=extra)
 
     return take
 

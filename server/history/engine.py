@@ -68,11 +68,21 @@ def file_of(url: URL) -> Path | None:
     return Path(str(url.database))
 
 
+# Of libpq: a database whose machine is gone without a word is noticed within a minute, not after TCP's two hours.
+LIFELINE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 20,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 50_000,  # milliseconds
+}
+
+
 def connect(url: URL) -> Engine:
     """Make the engine; nothing is opened yet, but a missing folder is refused."""
     if url.get_backend_name() == "postgresql":
         # A coordinator waits minutes between rounds; pre_ping replaces what a firewall has cut meanwhile.
-        return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 10})
+        return create_engine(url, pool_pre_ping=True, connect_args=LIFELINE)
     arguments: dict[str, Any] = {"timeout": BUSY_SECONDS, "check_same_thread": False}
     pool: dict[str, Any] = {"poolclass": StaticPool} if is_memory(url) else {}
     file = file_of(url)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.history.engine import masked, parse_url
+from server.history.engine import connect, masked, parse_url
 from server.history.store import History
 from shared.errors import DatabaseError
 
@@ -87,3 +87,12 @@ def test_plain_postgresql_urls_reach_psycopg():
 def test_a_masked_url_shows_no_password_in_either_place():
     shown = masked(parse_url("postgresql://u:s3cret@h/x?password=s3cret&sslmode=require"))
     assert shown == "postgresql://u:***@h/x?password=%2A%2A%2A&sslmode=require"
+
+
+def test_a_postgresql_whose_machine_is_gone_is_noticed_within_a_minute(postgres_url):
+    engine = connect(parse_url(postgres_url))
+    with engine.connect() as connection:
+        held = connection.connection.driver_connection.info.get_parameters()
+    engine.dispose()
+    assert int(held["tcp_user_timeout"]) <= 60_000
+    assert int(held["keepalives_idle"]) + int(held["keepalives_interval"]) * int(held["keepalives_count"]) <= 60
