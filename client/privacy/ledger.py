@@ -24,14 +24,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from client.privacy import ledger_count, ledger_owner, limits, opening
+from client.privacy import ledger_count, ledger_owner, limits, opening, unpaid
 from client.privacy.account import Account
 from client.privacy.events import PARTS, Part, Question, Reservation, Spend
 from client.privacy.ledger_count import Count
 from client.privacy.ledger_file import connect, one_name, said_in_one_line, tidy, transaction
 from shared import accounting, ledger_chain
 from shared.accounting import Release
-from shared.errors import ConfigError, DatabaseError, RetryError
+from shared.errors import ConfigError, DatabaseError, DataError, RefusedError, RetryError
 
 __all__ = ["PARTS", "Account", "Ledger", "Part", "Question", "Reservation", "Spend"]
 
@@ -176,7 +176,7 @@ class Ledger(Account):
     def reserve(self, question: Question, release: Release, *, allow_unbounded: bool = False) -> Iterator[None]:
         """Hold the budget of an answer while it is computed; `charge` inside it turns it into the event.
 
-        What was not charged is given back at the end, whatever ended it. After a crash it is given back at the
+        What was not charged is given back at the end, whatever ended it, and counted unless it was refused. After a crash it is given back at the
         next opening of the ledger, or held by the same question when that is asked again. Two processes
         that answer one question hold its budget once, for one answer only is ever charged.
 
@@ -192,10 +192,16 @@ class Ledger(Account):
         BudgetError
             If it does not fit beside what is spent and what others have reserved.
         DataError
-            If another dataset has spent meanwhile, and the site has not said that the two share no record.
+            If another dataset has spent meanwhile, and the site has not said that the two share no record; or if too
+            many answers in a row were begun and never charged.
         """
-        key = (question.run, question.name)
+        key, unpaid_for = (question.run, question.name), False
         with transaction(self.path, self._connection):
+            if unpaid.too_many(self._connection, self.dataset):
+                raise DataError(
+                    f"The last {unpaid.MOST} answers of dataset {self.dataset!r} were begun and never charged (the log says why), "
+                    "and each tells the coordinator a little: no other is begun until a day has passed since the first."
+                )
             self._refuse_beyond_limits(question, release, allow_unbounded)
             if self._owner is None:
                 self._owner = ledger_owner.Owner(self.path)
@@ -204,9 +210,16 @@ class Ledger(Account):
         self._open.add(key)
         try:
             yield
+        except RefusedError:  # it rests on public values
+            raise
+        except BaseException:
+            unpaid_for = True
+            raise
         finally:
             if key in self._open:
                 with transaction(self.path, self._connection):
+                    if unpaid_for:
+                        unpaid.note(self._connection, self.dataset)
                     self._connection.execute(
                         "DELETE FROM reservations WHERE dataset = ? AND run = ? AND request = ? AND owner = ?",
                         [self.dataset, *key, self._owner.token],
@@ -268,6 +281,7 @@ class Ledger(Account):
                 [self.dataset, question.run, question.kind, question.round],
             )
             execute("DELETE FROM reservations WHERE dataset = ? AND run = ? AND request = ?", [self.dataset, *key])
+            unpaid.forget(self._connection, self.dataset)
             if state is not None:
                 kept_under = [self.dataset, question.run, question.kind]
                 execute("INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?)", [*kept_under, state])
@@ -353,6 +367,9 @@ class Ledger(Account):
         execute = self._connection.execute
         for (owner,) in execute("SELECT DISTINCT owner FROM reservations").fetchall():
             if not ledger_owner.lives(self.path, owner):
+                query = "SELECT dataset, count(*) FROM reservations WHERE owner = ? GROUP BY dataset"
+                for dataset, times in execute(query, [owner]).fetchall():
+                    unpaid.note(self._connection, dataset, times)
                 execute("DELETE FROM reservations WHERE owner = ?", [owner])
         ledger_owner.tidy(self.path)
         tidy(self.path)
