@@ -25,7 +25,7 @@ PACE = 0.02  # between the two: a look is late by at most this share of the time
 LOOK = 5.0  # seconds between looks for nodes that were started anew, and have forgotten what they were asked
 LOST = (3, 4)  # Flower's codes for a message that was lost on its way; to ask again costs the site nothing
 REFUSALS: dict[str, Outcome] = {"refused": "refused", "exhausted": "exhausted"}  # any other word: failed
-LONGEST = 500  # characters of Flower's own error that the history keeps: its first line, and no traceback
+LONGEST = 500  # characters of a reason that the history keeps: its first line, and no traceback
 UNSENT = "the request could not be handed to the SuperLink."
 SMALL = 2**20  # bytes: more than any reply without parameters has
 
@@ -204,7 +204,7 @@ def _read(message: Message, letter: Letter) -> Answer[Any]:
     """Read what a node sent, or say why it cannot be read."""
     seconds, question = time.monotonic() - letter.sent, letter.question
     if message.has_error():
-        reason = (message.error.reason or "").partition("\n")[0][:LONGEST] or f"Flower error {message.error.code}."
+        reason = _said(message.error.reason or "") or f"Flower error {message.error.code}."
         return Answer(letter.node, "failed", None, reason, seconds, question.bytes, 0)
     up = size(message)
     try:
@@ -212,9 +212,12 @@ def _read(message: Message, letter: Letter) -> Answer[Any]:
             raise MessageError(f"the reply has {up} bytes, and at most {question.largest} are expected.")
         reply = from_record(message.content, question.expected, Refusal)
     except MessageError as error:
-        return Answer(letter.node, "failed", None, str(error), seconds, question.bytes, up)
+        return Answer(letter.node, "failed", None, _said(str(error)), seconds, question.bytes, up)
     if isinstance(reply, Refusal):
-        return Answer(
-            letter.node, REFUSALS.get(reply.outcome, "failed"), None, reply.reason, seconds, question.bytes, up
-        )
+        outcome = REFUSALS.get(reply.outcome, "failed")
+        return Answer(letter.node, outcome, None, _said(reply.reason), seconds, question.bytes, up)
     return Answer(letter.node, "ok", reply, None, seconds, question.bytes, up)
+
+
+def _said(text: str) -> str:
+    return text.partition("\n")[0][:LONGEST]

@@ -73,7 +73,7 @@ class Roster:
             nodes = self._gather(until)
             self.sites = {node: reply for node, reply in self.sites.items() if node in nodes}
             answers = []
-            self._ledgers.look()
+            self._ledgers.look_at_all()
             for answer in self._desk.ask(self._question, self._unjoined(nodes), DEADLINE):
                 answers.append(answer)
                 self._consider(answer, 0, replace=False)
@@ -98,11 +98,12 @@ class Roster:
         if self._job.simulated:
             return
         self._look()
-        self._ledgers.look()
         for answer in self._desk.collect(waiting):
             self._consider(answer, number, replace=True)
         asked = self._desk.asked(self._question)
         new = self._unjoined([node for node in self._desk.online if node not in asked and self._rested(node, number)])
+        if new:
+            self._ledgers.look_at_all()
         self._desk.post(self._question, new)
 
     def able(self, question: Question[Any] | None = None) -> dict[int, JoinReply]:
@@ -194,7 +195,8 @@ class Roster:
             return f"the node calls itself {reply.site!r}, and its key is enrolled for {self._names.get(node)!r}."
         if replace:
             others = {other: known for other, known in self.sites.items() if known.site != reply.site}
-            if self._desk.online.keys() & (self.sites.keys() - others.keys() - {node}):
+            rivals = self._desk.online.keys() & (self.sites.keys() - others.keys() - {node})
+            if any(not self._authenticated or rival in self._names for rival in rivals):  # else its key was renewed
                 return f"site {reply.site} is connected as another node, too; stop one of them."
             if pair := shared_account([*others.values(), reply]):
                 return f"sites {pair[0]} and {pair[1]} answer from one account; give each its own ledger in site.toml."

@@ -29,16 +29,30 @@ class Ledgers:
 
     def __init__(self, history: History, run: str, *, simulated: bool, resumed: int | None) -> None:
         self._history, self._run, self._simulated, self._resumed = history, run, simulated, resumed
-        self._before: dict[str, Ledger] = {}
+        self._before: dict[str, Ledger] = {}  # of the sites that joined
+        self._at_join: dict[str, Ledger] = {}  # of all
         self._joined: set[str] = set()
 
     def look(self) -> None:
-        """Read what has been seen so far: call it before a question is sent."""
-        self._before = self._history.ledgers(self._joined or None)
+        """Read what has been seen so far: call it before a question of a round is sent."""
+        self._before = self._history.ledgers(self._joined)
+
+    def look_at_all(self) -> None:
+        """Read what has been seen of all ledgers: call it before sites are asked to join."""
+        self._at_join = self._history.ledgers()
 
     def at_join(self, reply: JoinReply) -> str | None:
-        """Say that a site's ledger has gone back, or remember how far it is; note an account that is new."""
-        before = self._before.get(reply.ledger_id)
+        """Say that a site's ledger has gone back or is another's, or remember how far it is; note an account that is new.
+
+        An account's name stands in statements, for all to read: a site that answers under another's would make that one's
+        ledger seem to have gone back.
+        """
+        before = self._at_join.get(reply.ledger_id)
+        if before is not None and before.site != reply.site:
+            return (
+                f"site {reply.site} answers from the account {reply.ledger_id[:8]}, which is site {before.site}'s; a site that is "
+                "called anew keeps a new ledger."
+            )
         if before is not None and reply.ledger_number < before.number:
             return _gone_back(reply.site, before.number, reply.ledger_number)
         if before is None and not self._simulated and (old := self._replaced(reply)):
@@ -70,7 +84,7 @@ class Ledgers:
 
     def _replaced(self, reply: JoinReply) -> Ledger | None:
         place = (reply.site, reply.dataset)
-        known = (old for old in self._before.values() if (old.site, old.dataset) == place and not old.simulated)
+        known = (old for old in self._at_join.values() if (old.site, old.dataset) == place and not old.simulated)
         return max(known, key=lambda old: old.number, default=None)
 
     def _saw(self, reply: JoinReply | TrainReply | EvaluateReply, dataset: str) -> None:

@@ -1,7 +1,5 @@
 """What a site's reply must be before any of it is used, and what it says that the release has cost."""
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 
@@ -10,12 +8,14 @@ from shared import messages, metrics
 from shared.messages import EvaluateReply, JoinReply, TrainReply
 from shared.run_config import RunConfig
 
+LARGEST_NOISE = 1e9  # noise multiplier, far beyond any plan's: its square and sums of those are numbers
+
 
 def at_odds(reply: TrainReply | EvaluateReply, joined: JoinReply, number: int) -> str | None:
     """Say what is wrong with a reply's public values."""
     if reply.site != joined.site or reply.round != number:
-        return f"the reply is of site {reply.site!r} and round {reply.round}, not of {joined.site!r} and {number}."
-    plausible = reply.epsilon >= 0 and 0 <= reply.noise_multiplier < math.inf  # false for what is no number
+        return f"the reply is of site {reply.site[:64]!r} and round {reply.round}, not of {joined.site!r} and {number}."
+    plausible = reply.epsilon >= 0 and 0 <= reply.noise_multiplier <= LARGEST_NOISE  # false for what is no number
     if isinstance(reply, TrainReply):
         plausible = plausible and 0 < reply.sampling_rate <= 1 and 1 <= reply.steps <= messages.LARGEST
     if not plausible:

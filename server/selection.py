@@ -23,5 +23,5 @@ def largest(sites: Iterable[JoinReply]) -> int:
 
 
 def weight(config: RunConfig, site: JoinReply, most: int) -> float:
-    """Return a reply's weight: 1, or the site's declared size over the largest."""
-    return 1.0 if config.federation.weighting == "uniform" else site.records / most
+    """Return a reply's weight: 1, or the site's declared size over the largest; in its first round at most 1."""
+    return 1.0 if config.federation.weighting == "uniform" else min(1.0, site.records / most)

@@ -32,6 +32,7 @@ GRADIENTS = ("one-pass", "hooks", "ghost")  # how each record's gradient was had
 LEDGER_ID, LEDGER_HEAD = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
 FLAT, SHAPES = "flat", ".shapes"  # how a field of arrays is called in a record
 MOST_DIMENSIONS = 16
+MOST_SHAPES = 2**20  # characters: of names and shapes; a model of 10,000 arrays has fewer
 LARGEST = 2**31 - 1  # of a count that a database keeps
 
 
@@ -203,7 +204,7 @@ def _apart(field: str, record: ArrayRecord, shapes: object) -> Arrays:
     """Take a field's arrays apart; what is not just them raises `MessageError`."""
     flat = _float32(field, record)
     try:
-        named = json.loads(shapes) if isinstance(shapes, str) else None
+        named = json.loads(shapes) if isinstance(shapes, str) and len(shapes) <= MOST_SHAPES else None
     except (ValueError, RecursionError):
         named = None
     if not isinstance(named, dict) or not all(_is_shape(shape, flat.size) for shape in named.values()):
@@ -212,7 +213,10 @@ def _apart(field: str, record: ArrayRecord, shapes: object) -> Arrays:
     if sum(sizes) != flat.size:
         raise MessageError(f"{field}: the arrays' shapes are of {sum(sizes)} values, and {flat.size} arrived.")
     parts = np.split(flat, np.cumsum(sizes)[:-1]) if sizes else []
-    return {name: part.reshape(shape) for (name, shape), part in zip(named.items(), parts, strict=True)}
+    try:
+        return {name: part.reshape(shape) for (name, shape), part in zip(named.items(), parts, strict=True)}
+    except ValueError:  # of no values, and yet of dimensions that numpy cannot count
+        raise MessageError(f"{field}: the arrays' shapes are missing, or are none.") from None
 
 
 def _is_shape(shape: object, largest: int) -> bool:

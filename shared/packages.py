@@ -54,6 +54,7 @@ def _download(requirement: str, sha256: str | None, source: bool, folder: Path) 
         target = Path(temporary) / "files"
         command = [
             sys.executable,
+            "-P",  # no file of the folder that it starts in is imported
             "-m",
             "pip",
             "download",

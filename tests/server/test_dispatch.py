@@ -1,6 +1,7 @@
 """Dispatch over Flower messages: whose answer it is, what went wrong, and who was silent."""
 
 import gc
+import json
 import threading
 import time
 import tracemalloc
@@ -110,6 +111,16 @@ def test_a_refusal_is_named_with_its_reason_and_a_failure_is_no_refusal():
     }
 
 
+def test_a_reason_is_one_line_that_fits_into_a_history():
+    said = {
+        1: Refusal("a", "refused", "no\n" + "x" * 1000),
+        2: Refusal("b", "refused", "x" * 100_000),
+        3: reply(site="x"),
+    }
+    answers = {a.node: a.error for a in train(Federation(said.get))}
+    assert answers == {1: "no", 2: "x" * 500, 3: None}
+
+
 def test_flowers_own_errors_are_failures_with_a_reason_in_one_line():
     said = {1: Error(5, "node is gone\nTraceback (most recent call last):\n  a record"), 2: Error(3), 3: reply("c")}
     answers = {a.node: (a.outcome, a.error) for a in train(Federation(said.get))}
@@ -152,6 +163,11 @@ MALFORMED = {
     "float64": lambda: with_arrays(good(reply()), Array(np.ones(3))),
     "garbage for an array": lambda: with_arrays(good(reply()), Array("float32", (3,), "numpy.ndarray", b"garbage")),
     "an unknown serialisation": lambda: with_arrays(good(reply()), Array("float32", (3,), "pickle", b"garbage")),
+    "shapes that numpy cannot count": lambda: with_value(
+        with_arrays(good(reply()), Array(np.ones(1000, np.float32))),
+        "update.shapes",
+        json.dumps({"a": [1000], "b": [1000] * 15 + [0]}),
+    ),
     "another message": lambda: good(JoinReply("a", "d", 10, 0.1, "ab" * 16, 0, "0" * 64)),
     "no values": lambda: RecordDict({"update": ArrayRecord()}),
     "nothing": RecordDict,

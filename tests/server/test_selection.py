@@ -67,3 +67,8 @@ def test_weights_are_one_or_the_declared_size_over_the_largest():
     weigh = lambda settings: {node: selection.weight(settings, site, most) for node, site in sites.items()}  # noqa: E731
     assert weigh(config()) == {4: 1.0, 5: 1.0, 6: 1.0}
     assert weigh(config(weighting="declared")) == {4: 0.25, 5: 1.0, 6: 0.5}
+
+
+def test_a_site_that_joins_within_a_round_weighs_no_more_than_the_largest_at_its_start():
+    largest, newcomer = joined([1, 2], records=lambda number: 100 * (number + 1)).values()
+    assert selection.weight(config(weighting="declared"), newcomer, largest.records) == 1.0

@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 import client.app
 from client.privacy.randomness import Keystream
 from server import app, dispatch, job, joining, rounds
+from server.history.records import Ledger
 from server.history.store import History
 from server.observer import Log
 from shared import messages
 from shared.certificates import new_node_key
 from shared.errors import ConfigError, MachineError, RunFailedError
-from shared.messages import Refusal, TrainReply
+from shared.messages import EvaluateReply, JoinReply, Refusal, TrainReply
 from shared.run_config import Federation as FederationConfig
 from simulations import prepare, scenario
 
@@ -154,6 +155,51 @@ def test_nan_is_recorded_with_the_sites_name_and_moves_nothing(federate, tmp_pat
     sound.play(sound.grid(without({(1, "west"), (2, "west")})))
     assert spoilt.digests() == sound.digests()
     assert spoilt.outcomes()[1, "west"] == "failed"
+
+
+def test_a_noise_beyond_any_number_is_a_failed_answer_and_ends_no_run(federate):
+    run = federate(1, min_sites=2)
+
+    def boast(kind, node, _, reply):
+        if kind != "evaluate" or node != 2:
+            return None
+        return messages.to_record(replace(messages.from_record(reply, EvaluateReply), noise_multiplier=1e200))
+
+    assert run.play(run.grid(boast)).status == "completed"
+    scored = {item.site: item.outcome for _, item in run.history.participations(run.run) if item.kind == "evaluate"}
+    assert scored == {"north": "ok", "south": "failed", "west": "ok"}
+
+
+def with_ledger(account, number):
+    """Have site west join with another account."""
+    changed = {"ledger_id": account, "ledger_number": number, "ledger_head": "0" * 64}
+
+    def change(kind, node, _, reply):
+        if (kind, node) != ("query", 3):
+            return None
+        return messages.to_record(replace(messages.from_record(reply, JoinReply), **changed))
+
+    return change
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("owner", "known", "said"),
+    [
+        ("west", 50, "the ledger of site west has gone back from 50 events to 7: restored from a backup?"),
+        ("south", 3, "site west answers from the account cdcdcdcd, which is site south's"),
+    ],
+)
+def test_a_ledger_that_went_back_or_is_anothers_does_not_join_at_whatever_time(federate, late, owner, known, said):
+    run, account = federate(4), "cd" * 16
+    seen = Ledger(account, owner, f"tiny.{owner}", known, False, run.run)
+    run.history.saw_ledgers([seen])
+    grid = run.grid(with_ledger(account, 7))
+    grid.away = {3} if late else set()
+    run.play(grid, At(after1=grid.away.clear))
+    assert {site for _, site in run.outcomes()} == {"north", "south"}
+    assert any(said in text for text in run.events())
+    assert run.history.ledgers([account])[account] == seen
 
 
 def test_a_site_that_refuses_or_is_out_of_budget_holds_no_round_up(federate):
@@ -298,6 +344,21 @@ def test_a_site_whose_key_was_renewed_comes_back_as_another_node(federate):
     assert {node for node, kind, group in grid.pushed if (kind, group) == ("train", "6")} == {1, 2, 4}
 
 
+def test_a_renewed_key_counts_at_once_though_the_old_one_still_seems_connected(federate):
+    run = federate(6)
+    keys = enrolled(run, SITES)
+    grid = run.grid(nodes={1: 1, 2: 2, 3: 3, 4: 3}, keys=keys)
+
+    def renewed():
+        _, line = new_node_key()
+        run.history.enrol("west", line, renew=True)
+        grid.keys[4] = pem(line)
+
+    run.play(grid, At(after2=renewed), supervised=True, authenticated=True)
+    assert [n for n, site in run.outcomes() if site == "west"] == [1, 2, 4, 5, 6]
+    assert {node for node, kind, group in grid.pushed if (kind, group) == ("train", "6")} == {1, 2, 4}
+
+
 def test_a_second_node_of_a_connected_site_is_refused_and_the_run_goes_on(federate):
     run = federate(4)
     grid = run.grid(nodes={1: 1, 2: 2, 3: 3, 4: 3})
@@ -346,15 +407,18 @@ def test_a_round_waits_for_sites_that_are_away_and_its_budget_is_not_spent_befor
 
 def enrolled(run, nodes):
     """Enrol a key for each node's site; give the keys as a SuperLink does."""
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
-
     keys = {}
     for node, site in nodes.items():
         _, line = new_node_key()
         run.history.enrol(site, line)
-        key = load_ssh_public_key(line.encode())
-        keys[node] = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        keys[node] = pem(line)
     return keys
+
+
+def pem(line):
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+
+    return load_ssh_public_key(line.encode()).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def test_a_site_is_what_its_key_was_enrolled_under(federate):

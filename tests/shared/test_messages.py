@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as npst
 from shared import messages
 from shared.arrays import Arrays
 from shared.messages import (
+    MOST_SHAPES,
     REPLIES,
     REQUESTS,
     EvaluateReply,
@@ -190,6 +191,7 @@ SQUARE = ArrayRecord({"flat": Array(np.zeros((2, 2), np.float32))})
             (changed(TRAIN, **{"arrays.shapes": shapes}), "shapes are missing, or are none")
             for shapes in ('{"x": [-1]}', '{"x": ["2"]}', '{"x": [9223372036854775808]}', f'{{"x": {[1] * 33}}}')
         ),
+        (changed(TRAIN, **{"arrays.shapes": f'{{"{"x" * MOST_SHAPES}": [2]}}'}), "shapes are missing, or are none"),
         (changed(TRAIN, **{"arrays.shapes": "{}"}), "are of 0 values"),
         (changed(TRAIN, **{"arrays.shapes": '{"x": [1]}'}), "are of 1 values"),
         (RecordDict({**to_record(TRAIN), "arrays": ArrayRecord()}), "is not one array"),

@@ -54,6 +54,14 @@ def test_a_wheel_is_brought_once_and_kept(index):
         packages.fetch("kept==1.0", sha256="0" * 64)
 
 
+def test_a_file_of_the_folder_that_a_command_starts_in_is_not_run_in_pips_place(index, tmp_path, monkeypatch):
+    index("lib")
+    (tmp_path / "pip.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    monkeypatch.chdir(tmp_path)
+    assert packages.fetch("lib==1.0").exists()
+    assert not (tmp_path / "ran").exists()
+
+
 def test_what_pip_cannot_bring_is_one_line_and_leaves_nothing(index, moonflower_home):
     with pytest.raises(DataError, match=r"absent==1.0 is not cached under .* and pip cannot bring it") as error:
         packages.fetch("absent==1.0")
