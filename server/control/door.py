@@ -6,10 +6,11 @@ line; any other fault leaves as a fixed sentence, and its text stays in the log.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -23,8 +24,10 @@ log = logging.getLogger("moonflower.control")
 SERVICE = "moonflower.v1.Coordinator"
 VIEWERS = {  # what a viewer may call; everything else, whatever is added, takes an admin
     *(f"/{SERVICE}/{name}" for name in ("ListRuns", "GetRun", "WatchRun", "ListSites")),
-    *(f"/grpc.health.v1.Health/{name}" for name in ("Check", "Watch")),
+    "/grpc.health.v1.Health/Check",
 }
+UNENDING = "/grpc.health.v1.Health/Watch"  # for an admin, and left as it is
+VIEWING = 48  # calls of viewers at once: below what the server takes, so that an admin always comes in
 DEADLINE = 60.0  # seconds for a call with one answer
 CODES: dict[type[MoonflowerError], grpc.StatusCode] = {
     ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -45,6 +48,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no typ
 
     def __init__(self, tokens: Tokens | None) -> None:
         self._tokens = tokens
+        self._viewing = 0
 
     async def intercept_service(
         self,
@@ -66,9 +70,21 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no typ
             return _refusal(grpc.StatusCode.PERMISSION_DENIED, text)
         CALLER.set("insecure" if token is None else token.name)  # the handler runs in this same task
         handler = await continuation(details)
-        if handler is None or not details.method.startswith(f"/{SERVICE}/"):
+        if handler is None or details.method == UNENDING:
             return handler
-        return _told(handler, details.method)
+        return _told(handler, details.method, partial(self._place, token))
+
+    @contextmanager
+    def _place(self, token: Token | None) -> Iterator[None]:
+        """Hold a place for a call while it lasts; viewers have only so many."""
+        viewer = token is not None and token.role == "viewer"
+        if viewer and self._viewing >= VIEWING:
+            raise Away(f"viewers have {VIEWING} calls under way, which is all that they may; try again in a while.")
+        self._viewing += viewer
+        try:
+            yield
+        finally:
+            self._viewing -= viewer
 
     def _authenticate(self, details: grpc.HandlerCallDetails) -> Token | None:
         if self._tokens is None:
@@ -91,37 +107,46 @@ def _refusal(code: grpc.StatusCode, text: str) -> grpc.RpcMethodHandler:
     return grpc.stream_stream_rpc_method_handler(refuse)  # whatever the method is: this kind reads no request first
 
 
-def _told(handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
-    """Wrap a handler so that requests are parsed, deadlines kept, and errors told in here."""
+def _told(
+    handler: grpc.RpcMethodHandler, method: str, place: Callable[[], AbstractContextManager[None]]
+) -> grpc.RpcMethodHandler:
+    """Wrap a handler so that requests are read and parsed, deadlines kept, and errors told in here."""
 
-    def parse(data: bytes) -> Any:
+    async def parse(requests: AsyncIterator[bytes]) -> Any:
+        async with asyncio.timeout(DEADLINE):  # a request that never ends holds no place for ever
+            data = await anext(requests, None)
         try:
-            return handler.request_deserializer(data)
+            if data is not None:
+                return handler.request_deserializer(data)
         except DecodeError:
-            raise ConfigError(f"the request is not one of {method}.") from None
+            pass
+        raise ConfigError(f"the request is not one of {method}.")
 
     if handler.unary_unary is not None:
         answer: Call = handler.unary_unary
 
-        async def once(data: bytes, context: grpc.aio.ServicerContext) -> Any:
+        async def once(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> Any:
             try:
-                async with asyncio.timeout(DEADLINE):
-                    return await answer(parse(data), context)
+                with place():
+                    request = await parse(requests)
+                    async with asyncio.timeout(DEADLINE):
+                        return await answer(request, context)
             except Exception as error:
                 await _fail(error, context, method)
 
-        return grpc.unary_unary_rpc_method_handler(once, None, handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(once, None, handler.response_serializer)
     stream: Call = handler.unary_stream
 
-    async def many(data: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+    async def many(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         try:
-            async with aclosing(stream(parse(data), context)) as messages:
-                async for message in messages:
-                    yield message
+            with place():
+                async with aclosing(stream(await parse(requests), context)) as messages:
+                    async for message in messages:
+                        yield message
         except Exception as error:
             await _fail(error, context, method)
 
-    return grpc.unary_stream_rpc_method_handler(many, None, handler.response_serializer)
+    return grpc.stream_stream_rpc_method_handler(many, None, handler.response_serializer)
 
 
 async def _fail(error: Exception, context: grpc.aio.ServicerContext, method: str) -> NoReturn:

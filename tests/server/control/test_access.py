@@ -3,6 +3,9 @@
 import datetime
 import subprocess
 import sys
+import threading
+import time
+from contextlib import ExitStack
 from datetime import UTC, timedelta
 from pathlib import Path
 
@@ -21,7 +24,7 @@ METHODS = [
     *(f"/{pb.DESCRIPTOR.package}.{service.name}/{method.name}" for service in pb.DESCRIPTOR.services_by_name.values() for method in service.methods),
     *(f"/grpc.health.v1.Health/{method.name}" for method in health_pb2.DESCRIPTOR.services_by_name["Health"].methods),
 ]  # fmt: skip
-FOR_VIEWERS = {"ListRuns", "GetRun", "WatchRun", "ListSites", "Check", "Watch"}
+FOR_VIEWERS = {"ListRuns", "GetRun", "WatchRun", "ListSites", "Check"}
 Code = grpc.StatusCode
 
 
@@ -196,3 +199,30 @@ def test_a_port_that_is_taken_stops_the_service_in_one_line(coordinator):
     command = [sys.executable, script, str(coordinator.folder / "server.toml"), str(coordinator.port)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert f"ConfigError: control.host='127.0.0.1', control.port={coordinator.port}: cannot listen there" in done.stderr
+
+
+def test_viewers_leave_room_for_an_admin_whatever_they_hold_open(coordinator, monkeypatch):
+    monkeypatch.setattr(door, "DEADLINE", 2.0)
+    credentials = grpc.ssl_channel_credentials(coordinator.authority.certificate)
+    metadata, never = bearer(coordinator.secrets["vic"]), threading.Event()
+
+    def unending():  # a request of which nothing ever comes
+        never.wait(30)
+        yield b""
+
+    with ExitStack() as opened:
+        opened.callback(never.set)
+        calls = []
+        for _ in range(8):
+            channel = opened.enter_context(
+                grpc.secure_channel(coordinator.address, credentials, [("grpc.use_local_subchannel_pool", 1)])
+            )
+            ask = channel.stream_unary(f"/{door.SERVICE}/ListRuns")
+            calls += [ask.future(unending(), metadata=metadata, timeout=20) for _ in range(12)]
+        time.sleep(0.5)
+        with coordinator.client("ann") as admin:
+            assert admin.call("ListSites", pb.ListSitesRequest()) is not None
+        ended = {call.code() for call in calls}
+        assert ended <= {Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED}
+    with coordinator.client("vic") as viewer:  # and when the time is over, all is as before
+        assert viewer.call("ListSites", pb.ListSitesRequest()) is not None
