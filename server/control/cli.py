@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from server.listing import Format, Row, show
+from server.listing import Format, Row, clean, show
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ def submit(config: Path, test_set: Path | None, style: Format, **where: Any) -> 
     if style == "json":
         _json(_row(submitted))
         return
-    click.echo(f"{submitted.id}: {submitted.rounds_planned} rounds, {_status(submitted)}.")
-    click.echo(f"Next: moonflower run watch {submitted.id}")
+    click.echo(clean(f"{submitted.id}: {submitted.rounds_planned} rounds, {_status(submitted)}."))
+    click.echo(clean(f"Next: moonflower run watch {submitted.id}"))
 
 
 @run.command(name="list")
@@ -162,7 +162,8 @@ def show_run(run_id: str, style: Format, **where: Any) -> None:
         return
     click.echo(summary(answer.run))
     if answer.run.submitted_by:
-        click.echo(f"submitted by {answer.run.submitted_by}, {answer.run.created_at.ToDatetime():%Y-%m-%d %H:%M}Z")
+        by = f"submitted by {answer.run.submitted_by}, {answer.run.created_at.ToDatetime():%Y-%m-%d %H:%M}Z"
+        click.echo(clean(by))
     for name, rows in parts.items():
         if rows:
             click.echo()
@@ -205,7 +206,7 @@ def stop(run_id: str, style: Format, **where: Any) -> None:
     if style == "json":
         _json(_row(asked))
     else:
-        click.echo(f"{asked.id}: {_status(asked)}.")
+        click.echo(clean(f"{asked.id}: {_status(asked)}."))
 
 
 @run.command()
@@ -305,7 +306,7 @@ def _print_site(told: Any, style: Format) -> None:
     if style == "json":
         _json(values)
     else:
-        click.echo(f"{values['name']}: {values['state']}.")
+        click.echo(clean(f"{values['name']}: {values['state']}."))
 
 
 def _site_row(told: Any) -> Row:

@@ -13,6 +13,7 @@ import grpc
 from server.control import coordinator_pb2 as pb
 from server.control import coordinator_pb2_grpc
 from server.control.target import LOOPBACK, Target
+from server.listing import clean
 from shared.errors import ConfigError, MoonflowerError, NotFoundError
 
 Code = grpc.StatusCode
@@ -138,7 +139,7 @@ class Client:
             raise self._explained(error.code(), error.details() or "") from None
 
     def _explained(self, code: grpc.StatusCode, text: str) -> MoonflowerError:
-        line = " ".join(text.split()) or f"gRPC status {code.name}."
+        line = clean(" ".join(text.split())) or f"gRPC status {code.name}."
         match code:
             case Code.INVALID_ARGUMENT:
                 return ConfigError(line)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from server.control import coordinator_pb2 as pb
 from shared.errors import ConfigError, MoonflowerError
+
+NAME = re.compile(r"\.?\w[\w.-]{0,99}(/\.?\w[\w.-]{0,99}){0,3}", re.ASCII)  # of a file, with its folders
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,7 @@ def write(parts: Iterable[pb.ExportModelResponse], out: Path) -> Written:
         packed, folder = part / "tar", part / "folder"
         size, digest = _receive(parts, packed)
         folder.mkdir()
-        try:
-            with tarfile.open(packed) as archive:
-                archive.extractall(folder, filter="data")
-        except tarfile.TarError as error:
-            raise MoonflowerError(f"what arrived is no tar: {error}.") from None
+        _unpack(packed, folder)
         folder.rename(out)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}.") from error
@@ -65,6 +64,25 @@ def write(parts: Iterable[pb.ExportModelResponse], out: Path) -> Written:
         shutil.rmtree(part, ignore_errors=True)
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     return Written(files, size, digest)
+
+
+def _unpack(packed: Path, folder: Path) -> None:
+    """Unpack plain files, and nothing else that a tar can hold.
+
+    Python's own `filter="data"` follows links out of the folder in releases that are still in use (CVE-2025-4517).
+    """
+    try:
+        with tarfile.open(packed, "r:") as archive:  # not compressed: a small one cannot become a large one
+            for member in archive:
+                plain = member.type in tarfile.REGULAR_TYPES and not member.issparse()
+                source = archive.extractfile(member) if plain and NAME.fullmatch(member.name) else None
+                if source is None or (folder / member.name).exists():
+                    raise MoonflowerError(f"what arrived holds {member.name[:80]!r}, which is no new plain file.")
+                (folder / member.name).parent.mkdir(parents=True, exist_ok=True)
+                with source, (folder / member.name).open("xb") as file:
+                    shutil.copyfileobj(source, file)
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise MoonflowerError(f"what arrived is no tar: {error}.") from None
 
 
 def _receive(parts: Iterable[pb.ExportModelResponse], packed: Path) -> tuple[int, str]:

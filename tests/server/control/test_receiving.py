@@ -1,14 +1,19 @@
 """An exported model on its way: whole or not at all, at both ends."""
 
+import gzip
 import hashlib
 import io
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 
 from server.control import coordinator_pb2 as pb
 from server.control import exporting, receiving
+from server.control.client import Client
+from server.control.target import Target
 from shared.errors import ConfigError, MoonflowerError, NotFoundError
 
 WRITER = '''"""Stands in for the process that exports: writes a folder, or does what FORM and ROUND say."""
@@ -33,6 +38,36 @@ def tar(*members):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
+    return packed.getvalue()
+
+
+def special(kind, linkname):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        member = tarfile.TarInfo("a")
+        member.type, member.linkname = kind, linkname
+        archive.addfile(member)
+    return packed.getvalue()
+
+
+def chain_of_links():
+    """Write what leads `filter="data"` of older Pythons out of the folder (CVE-2025-4517), to a file above it."""
+    packed, folder, steps, path = io.BytesIO(), "d" * 247, "abcdefghijklmnop", ""
+
+    def add(name, kind, linkname=""):
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, linkname
+        archive.addfile(member)
+
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for step in steps:
+            add(path + folder, tarfile.DIRTYPE)
+            add(path + step, tarfile.SYMTYPE, folder)
+            path += folder + "/"
+        out = "/".join([*steps, "l" * 254])
+        add(out, tarfile.SYMTYPE, "../" * len(steps))
+        add("escape", tarfile.SYMTYPE, out + "/../..")
+        add("escape/evil", tarfile.REGTYPE)
     return packed.getvalue()
 
 
@@ -62,8 +97,16 @@ def cut(content):
         (lambda content: parts(content, digest="0" * 64), "the model did not arrive whole"),
         (cut, "none was announced"),
         (lambda content: parts(b"no tar at all" * 100), "what arrived is no tar"),
-        (lambda content: parts(tar(("../evil", b"x"))), "what arrived is no tar"),
-        (lambda content: parts(tar(("/etc/evil", b"x"), ("../../evil", b"x"))), "what arrived is no tar"),
+        (lambda content: parts(tar(("../evil", b"x"))), "'../evil', which is no new plain file"),
+        (lambda content: parts(tar(("/etc/evil", b"x"), ("../../evil", b"x"))), "'/etc/evil', which is no new plain file"),
+        (lambda content: parts(tar(("a", b"x"), ("a", b"y"))), "'a', which is no new plain file"),
+        (lambda content: parts(tar(("a", b"x"), ("a/b", b"y"))), "cannot be written"),
+        (lambda content: parts(special(tarfile.SYMTYPE, "inner/../../evil")), "'a', which is no new plain file"),
+        (lambda content: parts(special(tarfile.LNKTYPE, "/etc/passwd")), "'a', which is no new plain file"),
+        (lambda content: parts(special(tarfile.CHRTYPE, "")), "'a', which is no new plain file"),
+        (lambda content: parts(special(tarfile.GNUTYPE_SPARSE, "")), "'a', which is no new plain file"),
+        (lambda content: parts(gzip.compress(tar(("a", b"x")))), "what arrived is no tar"),
+        (lambda content: parts(chain_of_links()), "which is no new plain file"),
     ],
 )  # fmt: skip
 def test_what_does_not_arrive_whole_leaves_nothing(tmp_path, arriving, said):
@@ -139,3 +182,23 @@ def test_the_process_that_exports_tells_what_is_wrong_with_a_run(coordinator, ru
     with coordinator.client() as client, pytest.raises((NotFoundError, ConfigError)) as caught:
         list(client.stream("ExportModel", pb.ExportModelRequest(run=run)))
     assert "checkpoint" in str(caught.value)
+
+
+def test_what_a_hostile_server_says_does_not_steer_the_terminal():
+    class Hostile(grpc.GenericRpcHandler):
+        def service(self, _details):
+            def refuse(_request, context):
+                context.abort(grpc.StatusCode.PERMISSION_DENIED, "no\x1b]0;owned\x07 \x9b2J")
+
+            return grpc.unary_unary_rpc_method_handler(refuse)
+
+    server = grpc.server(ThreadPoolExecutor(1), [Hostile()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with Client(Target(f"127.0.0.1:{port}", None, None)) as client, pytest.raises(MoonflowerError) as caught:
+            client.call("ListRuns", pb.ListRunsRequest())
+    finally:
+        server.stop(0).wait()
+    assert str(caught.value).isprintable()
+    assert "no\N{REPLACEMENT CHARACTER}]0;owned" in str(caught.value)
