@@ -73,7 +73,7 @@ def test_a_run_over_real_machines_is_submitted_watched_exported_and_scored(
 
     machines.moonflower("run", "export", run, "--form", "merged", "--out", str(machines.folder / "model"))
     scored = subprocess.run(
-        [sys.executable, "-I", "-c", SCORE, str(machines.folder / "model"), str(test_set)],
+        [sys.executable, "-I", "-c", SCORE, str(test_set)],
         capture_output=True,
         text=True,
         timeout=120,
