@@ -50,8 +50,8 @@ class Ledgers:
         before = self._at_join.get(reply.ledger_id)
         if before is not None and before.site != reply.site:
             return (
-                f"site {reply.site} answers from the account {reply.ledger_id[:8]}, which is site {before.site}'s; a site that is "
-                "called anew keeps a new ledger."
+                f"site {reply.site} answers from the account {reply.ledger_id[:8]}, which is site {before.site}'s: an account "
+                "belongs to one site, which keeps its name for as long."
             )
         if before is not None and reply.ledger_number < before.number:
             return _gone_back(reply.site, before.number, reply.ledger_number)

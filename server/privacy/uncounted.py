@@ -58,7 +58,8 @@ def _asked_before(recorded: Recorded) -> Iterable[tuple[int, Kind, str]]:
 def _unseen(recorded: Recorded) -> list[Uncounted]:
     """Name ledgers that are further than their last committed release: what lies between may be of this run.
 
-    A later run moves them on too. Where no attempt of this one was lost, it has left nothing between.
+    A later run moves them on too. Where no attempt of this one was lost, it has left nothing between. Where one was, a site
+    that joined it may have been charged since, however far its ledger was then.
     """
     run, newest = recorded.run, dict[str, int]()
     for _, spend in recorded.spends:
@@ -68,7 +69,10 @@ def _unseen(recorded: Recorded) -> list[Uncounted]:
     lines = []
     for seen in recorded.ledgers.values():
         known = newest.get(seen.id)
-        if seen.number <= (known or 0) or known == 0:  # nothing further, or recorded before numbers were
+        joined_only = known is None and len(recorded.attempts) > 1
+        if known == 0 or (
+            seen.number <= (known or 0) and not joined_only
+        ):  # recorded before numbers were, or no further
             continue
         if finished and known is None and seen.site in asked:  # what became of each request is recorded
             continue

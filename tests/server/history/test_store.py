@@ -225,6 +225,13 @@ def test_of_a_ledger_the_furthest_sight_is_remembered_whichever_comes_last(histo
     assert {key: ledger.number for key, ledger in history.ledgers().items()} == {"ab" * 16: 7, "cd" * 16: 0}
 
 
+def test_of_sights_as_far_as_each_other_the_last_is_remembered(history, new_run):
+    for run in ("lungs-1", "lungs-2"):
+        new_run(history, run)
+        history.saw_ledgers([Ledger("ab" * 16, "st-marys", "scans-2026", 4, simulated=False, run=run)])
+    assert history.ledgers()["ab" * 16].run == "lungs-2"
+
+
 def test_a_ledgers_number_is_found_by_the_spend_that_has_it(history, new_run, new_round):
     new_run(history)
     history.commit_round(new_round(1))

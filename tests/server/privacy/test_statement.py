@@ -162,6 +162,24 @@ def test_a_site_that_a_resumed_run_no_longer_asks_is_named(mine):
     ]
 
 
+@pytest.mark.parametrize("number", [0, 5])
+def test_a_site_that_joined_a_lost_attempt_alone_is_named_however_far_its_ledger_was(mine, number):
+    """It was asked, may have been charged, and never came back; an earlier run may have seen its ledger as far."""
+    for table in ("spends", "participations"):
+        mine.change(f"DELETE FROM {table} WHERE site = 'west'")
+    mine.change("UPDATE rounds SET attempt = 2")
+    mine.change("UPDATE attempts SET outcome = 'lost'")
+    mine.change(
+        "INSERT INTO attempts (run_id, number, engine, started_at) SELECT run_id, 2, engine, started_at FROM attempts"
+    )
+    mine.change("UPDATE ledgers SET number = ? WHERE site = 'west'", number)
+    said = [line for line in uncounted(mine.stated()) if line.startswith("site west")]
+    assert said == [
+        f"site west: its ledger was seen at event {number}, and no release of it is recorded. What it may have answered to a "
+        "round that was not committed is not in these numbers; its ledger (--verify) has it."
+    ]
+
+
 def test_a_run_that_failed_in_its_first_round_has_no_recorded_release_and_says_what_was_seen(begun):
     with pytest.raises(RunFailedError):
         begun.play_losing(("south", "train", 1), ("west", "train", 1))
