@@ -29,6 +29,7 @@ from shared.processes import Child
 log = logging.getLogger("moonflower.daemon")
 LOOK = 0.5  # seconds between looks at the history
 POLL = 0.05  # seconds between looks at a ServerApp
+LISTEN = 10.0  # seconds between looks whether the SuperLink still hears a ServerApp
 LINGER = 3.0  # seconds that a ServerApp may take to end after its run has
 MOST_TRIES = 10  # attempts in a row without a newly committed round, after which the run has failed
 FIRST_PAUSE, MOST_PAUSE = 1.0, 60.0  # seconds before the next attempt: doubled with each try that brought nothing
@@ -46,6 +47,8 @@ class Play:
     flower_run: int | None = None
     stop: bool = False  # a person asked for it
     ended_at: float | None = None  # time.monotonic(); when its run was seen to be finished
+    listened_at: float = 0.0  # time.monotonic()
+    unheard: int = 0  # looks in a row at which the SuperLink had ended its Flower run
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=30))  # of its ServerApp
     task: asyncio.Task[None] | None = None
 
@@ -153,7 +156,7 @@ class Queue:
         ends = self._superlink.ends
         attempts = len(await self._patiently(self._history.attempts, play.run))
         play.last_lines.clear()
-        play.ended_at = None
+        play.ended_at, play.listened_at, play.unheard = None, time.monotonic(), 0
         try:
             await self._start(play)
         except (MoonflowerError, OSError) as error:
@@ -169,6 +172,8 @@ class Queue:
                 why = "stopped by request"
             elif play.ended_at is not None and time.monotonic() - play.ended_at > LINGER:
                 why = "it did not end after its run"
+            elif await self._unheard(play):
+                why = "it hung: the SuperLink has heard no more of it"
             if why:
                 break
             await asyncio.sleep(POLL)
@@ -186,6 +191,19 @@ class Queue:
         else:
             await self._close_attempt(play, "stopped" if play.stop else "lost", why)
         return why
+
+    async def _unheard(self, play: Play) -> bool:
+        """Whether the SuperLink has ended the Flower run of a ServerApp that lives: it beats no more."""
+        if time.monotonic() - play.listened_at < LISTEN:
+            return False
+        try:
+            unfinished = await asyncio.to_thread(self._superlink.flower.unfinished)
+        except SuperLinkError:
+            return False
+        finally:
+            play.listened_at = time.monotonic()
+        play.unheard = 0 if play.flower_run in unfinished else play.unheard + 1
+        return play.unheard > 1  # once is one that is just ending
 
     async def _start(self, play: Play) -> None:
         lock = self._settings.run(play.run) / ATTEMPT_LOCK

@@ -185,6 +185,21 @@ def test_a_superlink_that_hangs_for_a_minute_costs_an_attempt_and_no_round(
 
 
 @pytest.mark.slow
+def test_a_serverapp_that_hangs_costs_an_attempt_and_no_round(machines: Machines, tiny_model: Path) -> None:
+    machines.start_all()
+    run = submitted(machines, tiny_model, 3)
+    with ExitStack() as hold:
+
+        def hang() -> None:
+            server_app = machines.wait_for(lambda: machines.found("serverapp"), "serverapp")
+            hold.enter_context(stopped(server_app.pid))
+
+        faults.play(machines, run, [("training", "ServerApp hangs", hang, lambda: None)])
+        assert_finished_and_accounted_for(machines, run, 3)
+    assert "it hung: the SuperLink has heard no more of it" in machines.log("server")
+
+
+@pytest.mark.slow
 def test_a_network_that_is_cut_and_restored_costs_no_round(machines: Machines, tiny_model: Path) -> None:
     cable = Cable(machines.gateway)
     for name in SITES:
