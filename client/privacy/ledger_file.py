@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from client.privacy.ledger_count import sync_folder
 from shared.errors import DatabaseError
 
@@ -20,6 +22,9 @@ _APPLICATION, _VERSION = 0x4D6F6F6E, 2  # "Moon"; the version of the schema belo
 _BUSY_SECONDS = 30.0  # how long to wait for another process's transaction
 _DRAFT = re.compile(r"\.[0-9a-f]{16}\.new(-wal|-shm|-journal)?")  # after the ledger's name, while it is made
 _DRAFT_SECONDS = 3600.0  # a draft is made in a moment: one this old is a dead process's
+# File systems of which two machines may hold one at once. The write-ahead log and its locks are one machine's: each would
+# charge without seeing what the other has charged (sqlite.org/wal.html).
+_SHARED = ("nfs", "cifs", "smb", "afs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "ocfs2", "gfs2", "sshfs")
 _SCHEMA = """
 CREATE TABLE datasets (
     id TEXT PRIMARY KEY,
@@ -107,6 +112,7 @@ def connect(path: Path, *, to_write: bool = True) -> sqlite3.Connection:
         raise DatabaseError(f"{path} is a folder, not a ledger: name the file in it, as in {path / 'ledger.db'}.")
     with said_in_one_line(path):
         if to_write:
+            _refuse_shared(path)
             if not path.exists():
                 _create(path)
             if path.stat().st_mode & 0o077:
@@ -181,6 +187,18 @@ def _check(path: Path, connection: sqlite3.Connection, to_write: bool) -> None:
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
     connection.execute(f"PRAGMA user_version = {_VERSION}")  # a write: better refused now than after training
+
+
+def _refuse_shared(path: Path) -> None:
+    """Refuse a place that another machine may write to."""
+    folder = Path(os.path.realpath(path.parent))
+    mounts = [each for each in psutil.disk_partitions(all=True) if folder.is_relative_to(each.mountpoint)]
+    kind = max(mounts[::-1], key=lambda each: len(each.mountpoint)).fstype if mounts else ""
+    if kind.removeprefix("fuse.").startswith(_SHARED):
+        raise DatabaseError(
+            f"{path} is on a file system of several machines ({kind}), where one cannot see what another has charged: move the "
+            "ledger and its counter to a local disk (site.toml, ledger)."
+        )
 
 
 def _create(path: Path) -> None:

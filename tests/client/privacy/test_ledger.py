@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,6 +92,21 @@ def test_only_the_owner_can_read_the_ledger(path: Path) -> None:
     path.chmod(0o644)
     opened(path).close()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "cifs", "fuse.sshfs"])
+def test_a_disk_that_another_machine_may_write_to_is_refused(
+    path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = [("/", "ext4"), (str(path.parent.parent), kind), (f"{path.parent}x", "ext4")]
+    monkeypatch.setattr(
+        "psutil.disk_partitions", lambda **_: [SimpleNamespace(mountpoint=at, fstype=of) for at, of in mounts]
+    )
+    with pytest.raises(DatabaseError, match=rf"file system of several machines \({kind}\)"):
+        opened(path)
+    assert not path.exists()
+    mounts.append((str(path.parent), "ext4"))
+    opened(path).close()
 
 
 def test_commits_reach_the_disk_before_a_charge_returns(path: Path) -> None:
