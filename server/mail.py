@@ -3,6 +3,7 @@
 Whatever fails here is the machine's fault, or the network's: the attempt ends, and the next one goes on.
 """
 
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,12 +45,20 @@ def push(grid: Grid, kind: Kind, number: int, content: RecordDict, nodes: Sequen
     if not nodes:
         return {}
     group = str(number) if number else "join"
-    messages = [Message(content, node, FLOWER_TYPES[kind], ttl=DEFAULT_TTL, group_id=group) for node in nodes]
+    messages = [Message(content, node, FLOWER_TYPES[kind], ttl=_ttl(), group_id=group) for node in nodes]
     with _reached():
         ids = list(grid.push_messages(messages))
         if not ids and len(messages) > 1:  # too large together; Flower says no more than that
             ids = [(list(grid.push_messages([message])) or [""])[0] for message in messages]
     return {node: key for node, key in zip(nodes, ids, strict=False) if key}
+
+
+def _ttl() -> float:
+    """Return a time to live that nobody guesses.
+
+    A message's id is a digest of all that it says, and whoever knows the id may have the message forgotten.
+    """
+    return DEFAULT_TTL - secrets.randbelow(2**30) / 2**30
 
 
 def fetcher(grid: Grid) -> Fetch:

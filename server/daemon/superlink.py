@@ -155,14 +155,13 @@ class SuperLink:
 
 
 def _tidy(database: Path) -> None:
-    """Give back the room that arrays took in the link's state; what is damaged there is put aside.
+    """Give back the room that arrays took in the link's state, now and from now on; what is damaged there is put aside.
 
     Nothing in it is missed: attempts begin anew, and keys are registered again from the history.
     """
-    if not database.exists():
-        return
     try:
         with closing(sqlite3.connect(database)) as connection:
+            connection.execute("PRAGMA auto_vacuum = FULL")  # else a flood's room would stay taken after its run
             connection.execute("VACUUM")
     except sqlite3.OperationalError as error:  # such as a full disk
         log.warning("%s is not tidied: %s", database, error)
