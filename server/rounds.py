@@ -59,6 +59,7 @@ class Campaign:
         resumed = last.number + 1 if last else 1
         self.ledgers = Ledgers(history, job.run, simulated=job.simulated, resumed=resumed if attempt > 1 else None)
         self.desk = Desk(grid, self._dropped)
+        self.asking: tuple[int, Kind] | None = None  # the question that was asked last
         self.roster = Roster(job, self.model, self.desk, history, observer, self.ledgers, authenticated=authenticated)
 
     def restore(self) -> tuple[int, ServerState]:
@@ -120,7 +121,9 @@ class Campaign:
             seen.metrics += replies.validation(total, variance**0.5, None)
 
     def _ask(self, question: Question[R], nodes: Mapping[int, str]) -> Iterable[Answer[R]]:
-        self.ledgers.look()
+        if self.asking != (question.number, question.kind):  # asked again: another run may have been charged since
+            self.asking = question.number, question.kind
+            self.ledgers.look()
         self.observer.asked(question.number, question.kind, list(nodes.values()))
         return self.desk.ask(question, nodes, self.config.federation.deadline)
 

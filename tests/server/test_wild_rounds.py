@@ -297,6 +297,21 @@ def test_a_run_that_waits_takes_what_comes_after_the_deadline(federate, tmp_path
     assert [kind for node, kind, _ in grid.pushed if node == 2] == ["query", "train", "evaluate"]
 
 
+def test_an_answer_that_was_waited_for_is_not_taken_for_an_old_ledgers_where_another_run_went_on(federate):
+    """Another run has had a later number of the same account by the time that this one asks again."""
+    run = federate(1, deadline=0.5, min_sites=3, on_shortfall="wait", longest_wait=60.0)
+
+    class Meanwhile(Log):
+        def answered(self, number, kind, site, outcome, error):
+            if outcome == "timeout":
+                (ledger,) = [each for each in run.history.ledgers().values() if each.site == site]
+                run.history.saw_ledgers([replace(ledger, number=ledger.number + 5)])
+
+    late = run.grid(delay=lambda node, kind, group: 1.5 if (node, kind, group) == (2, "train", "1") else 0.0)
+    assert run.play(late, Meanwhile()).status == "completed"
+    assert run.outcomes()[1, "south"] == "ok"
+
+
 def test_a_run_waits_no_longer_than_it_is_told(federate):
     run = federate(1, min_sites=3, on_shortfall="wait", longest_wait=0.5)
     started = time.monotonic()
