@@ -149,7 +149,7 @@ class Node:
         """Carry one task from the SuperNode to the worker and its reply back."""
         began_at = time.monotonic()
         self._supernode.sent.clear()
-        envelope = task.pull(self._tick)
+        envelope = task.pull(self._tick, self._supernode.dropped)
         if envelope is None:
             task.finish(ok=False)
             return

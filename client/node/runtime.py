@@ -8,7 +8,7 @@ is a field of the answer, and forgotten. Nothing here writes, unpacks, installs 
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -168,13 +168,17 @@ class Task:
                 log.warning("no heartbeat for task %d: %s", self.number, error)
             done.wait(BEAT)
 
-    def pull(self, tick: Callable[[], None], no_progress: float = NO_PROGRESS) -> Envelope | None:
+    def pull(
+        self, tick: Callable[[], None], dropped: Container[str] = (), no_progress: float = NO_PROGRESS
+    ) -> Envelope | None:
         """Pull the task's message as its objects arrive, or None where the SuperNode has dropped it.
 
         Parameters
         ----------
         tick : Callable[[], None]
             Called between objects; what it raises ends the pull.
+        dropped : Container[str]
+            The ids of messages of which nothing more comes, as they become known.
         no_progress : float
             Seconds without a further object after which the message counts as lost.
 
@@ -197,6 +201,8 @@ class Task:
             tick()
             content = self._object(wanted[0])
             if content is None:
+                if found.messages_list[0].metadata.message_id in dropped:
+                    raise RuntimeApiError("the run of a message has ended before it was here.")
                 if time.monotonic() - last > no_progress:
                     raise RuntimeApiError(f"{len(wanted)} objects of a message did not come within {no_progress:g} s.")
                 time.sleep(delay)

@@ -29,6 +29,7 @@ log = logging.getLogger("moonflower.node")
 flower = logging.getLogger("moonflower.node.supernode")
 
 SLOW = 60.0  # seconds between starts while the coordinator refuses the site's key
+IGNORED = re.compile(r"Run ID \d+ is not in `RUNNING` status\. Ignoring message (\S+)\.$")  # of which only a part came
 ONLINE = "[code: 2004]"  # of an activation: the coordinator still believes an earlier connection of this key
 # Errors after which a SuperNode goes on. Any other ends its main thread and leaves the process idle, alive.
 HARMLESS = (
@@ -63,6 +64,7 @@ class SuperNode:
         self.connected_since: datetime | None = None
         self.trouble = ""  # in one line, while it lasts
         self.starts = 0
+        self.dropped: set[str] = set()  # messages whose run ended on their way: no more of them comes
         self.sent = threading.Event()  # set whenever a reply has gone to the coordinator
         self._coordinator, self._insecure = coordinator, insecure
         state = coordinator.state
@@ -134,6 +136,7 @@ class SuperNode:
             port = free.getsockname()[1]
         self._address, self._runtime, self._stuck, self._online = f"127.0.0.1:{port}", None, False, False
         self.starts += 1
+        self.dropped.clear()
         own = self._coordinator
         command = [program("flower-supernode"), "--superlink", own.address, "--isolation", "process"]
         command += ["--host", "127.0.0.1", "--port", str(port), "--superexec-auth-secret-file", str(self._secret_file)]
@@ -162,6 +165,8 @@ class SuperNode:
             self._connected("connected to the coordinator again")
         elif said.startswith("Sent successfully"):
             self.sent.set()
+        elif ignored := IGNORED.match(said):
+            self.dropped.add(ignored[1])
         elif said.startswith(("Failed to receive message", "Failed to send message")):
             log.warning("SuperNode: %s", said.replace(ESCAPE, "?"))
         elif (level == "ERROR" and not said.startswith(("Exit Code", *HARMLESS))) or said.startswith(
