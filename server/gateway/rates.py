@@ -13,13 +13,13 @@ class Bucket:
         self._rate, self._burst = rate, burst
         self._tokens, self._at = burst, now
 
-    def take(self, now: float, *, debt: bool = False) -> float:
-        """Take a token and return 0; without one, return the seconds until it comes, taken only with `debt`."""
+    def take(self, now: float, *, amount: float = 1, debt: bool = False) -> float:
+        """Take tokens and return 0; without them, return the seconds until they come, taken only with `debt`."""
         self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
         self._at = now
-        missing = 1 - self._tokens
+        missing = amount - self._tokens
         if missing <= 0 or debt:
-            self._tokens -= 1
+            self._tokens -= amount
         return max(0.0, missing / self._rate)
 
 
@@ -30,12 +30,12 @@ class Buckets:
         self._rate, self._burst, self._kept = rate, burst, kept
         self._buckets: OrderedDict[Hashable, Bucket] = OrderedDict()
 
-    def take(self, key: Hashable, now: float, *, debt: bool = False) -> float:
-        """Take a token of a key's bucket, as `Bucket.take` does."""
+    def take(self, key: Hashable, now: float, *, amount: float = 1, debt: bool = False) -> float:
+        """Take tokens of a key's bucket, as `Bucket.take` does."""
         bucket = self._buckets.get(key)
         if bucket is None:
             bucket = self._buckets[key] = Bucket(self._rate, self._burst, now)
             while len(self._buckets) > self._kept:
                 self._buckets.popitem(last=False)
         self._buckets.move_to_end(key)
-        return bucket.take(now, debt=debt)
+        return bucket.take(now, amount=amount, debt=debt)

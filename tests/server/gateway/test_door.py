@@ -29,6 +29,8 @@ from doors import (
     status,
     until,
 )
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree
 
 from server.gateway import room
 from server.gateway.door import Gateway
@@ -509,3 +511,21 @@ def test_pieces_wait_while_the_disk_is_nearly_full_and_the_log_says_who_sent_mos
     assert len(said) == 1
     assert "512 MiB free, below gateway.least_free_mib=1024" in said[0]
     assert "north 3 MiB" in said[0]
+
+
+def test_a_site_that_announces_without_end_waits_longer_and_longer(site: Site, public_tls: Loopback) -> None:
+    """Each piece that an envelope announces is work for the SuperLink's database, on which all sites wait."""
+
+    def envelope(pieces: int) -> bytes:
+        children = [ObjectTree(object_id=f"{number:064x}") for number in range(pieces)]
+        return PushMessagesRequest(message_object_trees=[ObjectTree(children=children)]).SerializeToString()
+
+    with opened_before_sink(Sink(), public_tls, {site.public: "north"}, limits()) as door, client(door) as http:
+        seconds = []
+        for pieces in (3500, 1000, 500):
+            started = time.monotonic()
+            sent = http.post("/v1/fleet/push-messages", headers=signed(site), content=envelope(pieces), timeout=30)
+            assert sent.status_code == 200
+            seconds.append(time.monotonic() - started)
+        assert seconds[0] < 1 < min(seconds[1:]) < max(seconds[1:]) < 6
+        assert http.post(PULL, headers=signed(site), content=b"x").elapsed.total_seconds() < 1
