@@ -9,9 +9,11 @@ from flwr.app import Message
 from flwr.app.message.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
+from flwr.proto.runtime_pb2 import PullAppMessagesResponse, PullTaskInputResponse
 from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, iterate_object_tree
+from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import fleet_http_connection, start_client_internal
 
@@ -59,6 +61,32 @@ def test_objects_that_are_no_message_are_refused() -> None:
         runtime.unseal(Envelope(envelope.header, other, envelope.objects, 5, 2, 7))
 
 
+class HalfASuperNode:
+    """A Runtime API with a message of which no object ever comes: its run has ended on the way."""
+
+    def __init__(self, envelope: Envelope) -> None:
+        tree = get_all_nested_objects(remove_content_from_message(runtime.header(envelope)))
+        self.tree, self.header = ObjectTree(object_id=next(iter(tree))), ProtoMessage.FromString(envelope.header)
+
+    def PullTaskInput(self, _: object) -> PullTaskInputResponse:
+        return PullTaskInputResponse()
+
+    def PullMessages(self, _: object) -> PullAppMessagesResponse:
+        return PullAppMessagesResponse(messages_list=[self.header], message_object_trees=[self.tree])
+
+    def PullObject(self, _: object) -> PullObjectResponse:
+        return PullObjectResponse(object_found=True, object_available=False)
+
+
+def test_a_message_whose_run_has_ended_on_its_way_is_given_up_at_once() -> None:
+    half = HalfASuperNode(sent())
+    task = runtime.Task(half, 5)  # type: ignore[arg-type]
+    with pytest.raises(runtime.RuntimeApiError, match="has ended"):
+        task.pull(lambda: None, {half.header.metadata.message_id})
+    with pytest.raises(runtime.RuntimeApiError, match="did not come"):
+        task.pull(lambda: None, {"another"}, no_progress=0.05)
+
+
 def test_the_lines_that_tell_how_the_connection_stands_are_the_installed_releases() -> None:
     from flwr.supercore.retry import http_retry
 
@@ -68,6 +96,10 @@ def test_the_lines_that_tell_how_the_connection_stands_are_the_installed_release
     assert "time.sleep(3)" in started
     assert '"Failed to receive message %s: %s"' in started
     assert '"Failed to send message %s: %s"' in started
+    assert '"Run ID %s is not in `RUNNING` status. Ignoring message %s."' in started
+    assert supernode.IGNORED.match("Run ID 7 is not in `RUNNING` status. Ignoring message ab12.")[1] == "ab12"
+    assert issubclass(RunNotRunningException, BaseException)
+    assert not issubclass(RunNotRunningException, Exception), "or Flower ends the task itself"
     assert "Connection attempt failed, retrying in" in inspect.getsource(http_retry)
     assert "Connection successful after" in inspect.getsource(http_retry)
     assert f"[code: {ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:d}]" == supernode.ONLINE
