@@ -93,12 +93,20 @@ def _look(name: str, look: Callable[[], str]) -> Finding:
         return Finding(name, False, str(error))
 
 
+def _own(name: str, path: Path) -> None:
+    """Refuse a file that decides who comes in, and that others may write."""
+    if path.exists() and (mode := path.stat().st_mode & 0o777) & 0o022:
+        raise _Wrong(f"{name}={str(path)!r} has mode {mode:04o}: whoever may write it may come in; chmod 600 it.")
+
+
 def _enrolment(settings: Settings) -> str:
+    _own("enrolment", settings.enrolment)
     live = sorted(enrolment.read(settings.enrolment).live().values())
     return f"{len(live)} sites{': ' + ', '.join(live) if live else ', to be enrolled with `moonflower site enrol`'}"
 
 
 def _tokens(settings: Settings) -> str:
+    _own("tokens", settings.tokens)
     now = datetime.now(UTC)
     live = [token for token in tokens.read(settings.tokens).tokens if not token.revoked and now < token.expires_at]
     if not any(token.allows("admin") for token in live):

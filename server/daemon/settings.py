@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -112,4 +113,12 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host == "localhost" and all(ipaddress.ip_address(address).is_loopback for address in _addresses(host))
+
+
+def _addresses(host: str) -> list[str]:
+    """Return what a name stands for here: /etc/hosts may say anything, of localhost too."""
+    try:
+        return [str(where[0]) for *_, where in socket.getaddrinfo(host, None)]
+    except OSError:
+        return []  # then nothing can listen there

@@ -16,7 +16,7 @@ from server.daemon import certificate as certificates
 from server.daemon import check as module
 from server.daemon import settings as server_settings
 from server.daemon.check import Finding, check, render
-from server.daemon.settings import Settings
+from server.daemon.settings import Settings, is_loopback
 from server.history.store import History
 from server.provision import provisioning
 from shared import locks
@@ -305,3 +305,21 @@ def test_models_can_be_named(place: Place, tiny_model: Path) -> None:
     assert len(findings) == len(EVERYTHING) + 2
     found = wrong(check(place.settings, [f"{tiny_model}={'1' * 64}", "/no/such/model"]))
     assert list(found) == ["model"]
+
+
+@pytest.mark.parametrize("name", ["enrolment", "tokens"])
+def test_a_file_that_lets_people_in_and_that_others_may_write_is_found(place: Place, name: str) -> None:
+    file: Path = getattr(place.settings, name)
+    file.chmod(0o660)
+    (finding,) = (each for each in check(place.settings) if each.name == name)
+    assert not finding.ok
+    assert "has mode 0660: whoever may write it may come in; chmod 600 it." in finding.text
+
+
+def test_localhost_is_loopback_only_where_this_machine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_loopback("localhost")
+    where = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("127.0.0.1", "192.0.2.7")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: where)
+    assert not is_loopback("localhost")
+    for host in ("::", "0.0.0.0", "127.1", "", "::ffff:192.0.2.7"):  # noqa: S104
+        assert not is_loopback(host)
