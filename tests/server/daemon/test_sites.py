@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 
 from server.daemon import sites
+from server.daemon.flower import Node
 from server.daemon.patience import Patience
 from server.daemon.sites import Sites
 from server.gateway.identity import Enrolled
@@ -71,6 +72,46 @@ def test_a_key_that_anybody_revokes_in_the_history_is_out_at_the_door_soon(
         history.revoke("st-marys")  # as RevokeSite does, whose caller is gone before the door is told
         async with asyncio.timeout(5):
             while len(door):
+                await asyncio.sleep(0.02)
+        following.cancel()
+        with suppress(asyncio.CancelledError):
+            await following
+
+    asyncio.run(play())
+
+
+def test_a_node_that_somebody_on_this_machine_unregisters_is_registered_again(
+    tmp_path: Path, history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sites, "LOOK", 0.02)
+    (tmp_path / "enrolment.json").write_bytes(Enrolment().content())
+    key = new_node_key()[1]
+    history.enrol("st-marys", key)
+    nodes: dict[str, int] = {}
+
+    class Flower:  # what a SuperLink keeps
+        def nodes(self) -> list[Node]:
+            return [Node(id, key, online=True, heard_at=None) for key, id in nodes.items()]
+
+        def register(self, key: str, _site: str) -> int:
+            return nodes.setdefault(key, 7)
+
+        def unregister(self, node: int) -> None:
+            for key in [key for key, id in nodes.items() if id == node]:
+                del nodes[key]
+
+    async def play() -> None:
+        up = asyncio.Event()
+        up.set()
+        superlink = cast(Any, SimpleNamespace(up=up, flower=Flower()))
+        kept = Sites(tmp_path / "enrolment.json", history, Patience(), superlink, Enrolled())
+        await kept.take_over()
+        assert nodes == {key: 7}
+        following = asyncio.create_task(kept.follow())
+        nodes.clear()
+        nodes[new_node_key()[1]] = 8  # and one of his own is entered
+        async with asyncio.timeout(10):
+            while nodes != {key: 7}:
                 await asyncio.sleep(0.02)
         following.cancel()
         with suppress(asyncio.CancelledError):
