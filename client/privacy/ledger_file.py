@@ -112,7 +112,7 @@ def connect(path: Path, *, to_write: bool = True) -> sqlite3.Connection:
         raise DatabaseError(f"{path} is a folder, not a ledger: name the file in it, as in {path / 'ledger.db'}.")
     with said_in_one_line(path):
         if to_write:
-            _refuse_shared(path)
+            refuse_shared(path)
             if not path.exists():
                 _create(path)
             if path.stat().st_mode & 0o077:
@@ -168,6 +168,24 @@ def tidy(path: Path) -> None:
                     file.unlink()
 
 
+def refuse_shared(path: Path) -> None:
+    """Refuse a place that another machine may write to.
+
+    Raises
+    ------
+    DatabaseError
+        Naming the kind of its file system.
+    """
+    folder = Path(os.path.realpath(path.parent))
+    mounts = [each for each in psutil.disk_partitions(all=True) if folder.is_relative_to(each.mountpoint)]
+    kind = max(mounts[::-1], key=lambda each: len(each.mountpoint)).fstype if mounts else ""
+    if kind.removeprefix("fuse.").startswith(_SHARED):
+        raise DatabaseError(
+            f"{path} is on a file system of several machines ({kind}), where one cannot see what another has charged: move the "
+            "ledger and its counter to a local disk (site.toml, ledger)."
+        )
+
+
 def _check(path: Path, connection: sqlite3.Connection, to_write: bool) -> None:
     def pragma(name: str) -> object:
         return connection.execute(f"PRAGMA {name}").fetchone()[0]
@@ -187,18 +205,6 @@ def _check(path: Path, connection: sqlite3.Connection, to_write: bool) -> None:
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
     connection.execute(f"PRAGMA user_version = {_VERSION}")  # a write: better refused now than after training
-
-
-def _refuse_shared(path: Path) -> None:
-    """Refuse a place that another machine may write to."""
-    folder = Path(os.path.realpath(path.parent))
-    mounts = [each for each in psutil.disk_partitions(all=True) if folder.is_relative_to(each.mountpoint)]
-    kind = max(mounts[::-1], key=lambda each: len(each.mountpoint)).fstype if mounts else ""
-    if kind.removeprefix("fuse.").startswith(_SHARED):
-        raise DatabaseError(
-            f"{path} is on a file system of several machines ({kind}), where one cannot see what another has charged: move the "
-            "ledger and its counter to a local disk (site.toml, ledger)."
-        )
 
 
 def _create(path: Path) -> None:

@@ -1,9 +1,12 @@
 """A node as a site runs it: `moonflower client start` beside a real SuperLink, asked, killed and misled."""
 
+import json
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,18 @@ def spent(node: Any) -> int:
         return len(ledger.spends())
 
 
+def reserved(node: Any) -> int:
+    with open_ledger(node.site) as ledger:
+        return len(ledger.reservations())
+
+
+def wait_for(what: Callable[[], Any], why: str, seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, f"{why}: not within {seconds:g} s"
+        time.sleep(0.1)
+
+
 def test_a_hostile_bundle_never_runs_and_its_requests_are_answered_by_the_installed_code(
     running: Any, new_config: New
 ) -> None:
@@ -70,6 +85,7 @@ def test_a_worker_killed_at_work_is_an_error_reply_at_once_and_the_node_goes_on(
     request = train(new_config(**LONG), "long")
     file = running.link.send(running.id, "train", request)
     worker = running.at_work("long")
+    wait_for(lambda: reserved(running), "nothing is reserved")
     os.kill(worker, signal.SIGKILL)
     at = time.monotonic()
     reply = running.link.reply(file, 20)
@@ -80,6 +96,9 @@ def test_a_worker_killed_at_work_is_an_error_reply_at_once_and_the_node_goes_on(
     status = running.status()
     killed = status["last_answers"][-2]
     assert (killed["run"], killed["round"], killed["kind"], killed["outcome"]) == ("long", 1, "train", "failed")
+    with closing(sqlite3.connect(running.site.ledger)) as ledger:  # nothing is charged, and that it died is counted
+        (died,) = ledger.execute("SELECT state FROM states WHERE run = '' AND kind = 'unpaid'").fetchall()
+    assert len(json.loads(died[0])) == 1
     assert "was killed (SIGKILL" in status["last_error"]
 
 
