@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from client import evaluation
 from client.privacy import unpaid
 from client.privacy.engine import Gradients
 from client.privacy.ledger import Ledger, Question
+from shared import metrics
 from shared.accounting import Release
 from shared.errors import DataError, RefusedError
 
@@ -104,7 +104,7 @@ def test_a_batch_that_fits_no_memory_is_tried_a_few_times_only(
         return full() if objective.records > 3 else right(self, objective, *rest, **named)
 
     monkeypatch.setattr(Gradients, "add", full_of_records)
-    monkeypatch.setattr(evaluation.metrics, "count", full)
+    monkeypatch.setattr(metrics, "count", full)
     for number in range(3):
         with pytest.raises(torch.OutOfMemoryError):
             getattr(desk, kind)(run=f"run-{number}")
