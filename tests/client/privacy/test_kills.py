@@ -25,6 +25,7 @@ import pytest
 import torch
 
 from client import answers
+from client.privacy import unpaid
 from client.privacy.randomness import Keystream
 from shared import accounting, ledger_chain, messages
 from shared.errors import BudgetError
@@ -210,12 +211,15 @@ def answer_rounds(site: Site, run: str, first: int) -> None:
 
 
 @pytest.mark.parametrize("kills", [50, pytest.param(1000, marks=pytest.mark.slow)])
-def test_kills_at_random_moments_miss_no_spend_and_pass_no_budget(site: Site, kills: int) -> None:
+def test_kills_at_random_moments_miss_no_spend_and_pass_no_budget(
+    site: Site, kills: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two runs at once on one budget that holds one and a half of them, each killed at a random moment and begun again.
 
     No fault in 1,000 kills bounds the rate of faults below 0.3 % at 95 % confidence (0.997 ** 1000 < 0.05), and
     no fault in 50 below 6 %.
     """
+    monkeypatch.setattr(unpaid, "MOST", 10**6)  # on a busy machine 20 kills in a row are no wonder
     seed = int.from_bytes(os.urandom(4))
     chance = random.Random(seed)  # noqa: S311
     print(f"seed {seed}")  # noqa: T201
