@@ -525,10 +525,10 @@ def test_a_stop_that_was_requested_ends_the_run_after_the_round_without_a_signal
 
 
 def test_watchers_read_who_is_asked_who_answered_and_who_was_late(federate):
-    run = federate(3, deadline=0.4)
+    run = federate(3, deadline=2.5)
     run.history.close()
     grid = run.grid(
-        delay=lambda node, kind, group: {("3", "1"): 0.6, ("1", "2"): 0.3, ("1", "3"): 0.3}.get((str(node), group), 0.0)
+        delay=lambda node, kind, group: {("3", "1"): 3.0, ("1", "2"): 0.5, ("1", "3"): 0.5}.get((str(node), group), 0.0)
     )
     settings = {
         "run": str(prepare.run_folder(run.run)),
