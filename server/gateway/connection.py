@@ -20,13 +20,16 @@ from server.gateway.request import (
     FOR_NODES_WITHOUT_KEYS,
     MAX_HEAD,
     MOST_WORDS,
+    PULL_MESSAGES,
     PUSH_MESSAGES,
     PUSH_OBJECT,
+    Head,
     Refusal,
     check,
 )
 from server.gateway.room import Room
 from server.gateway.upstream import Upstream, outward
+from server.gateway.waiting import Answer, Waiting
 
 CHUNK = 64 * 1024
 ENVELOPES = (
@@ -49,6 +52,7 @@ class Shared:
     upstream: Upstream
     counts: Counts
     rates: Buckets
+    waiting: Waiting
     envelopes: Buckets = field(default_factory=lambda: Buckets(ENVELOPES, MOST_WORDS))
     room: Room | None = None  # on the SuperLink's disk
     received: dict[str, int] = field(default_factory=dict)  # bytes of each site's bodies, since the start
@@ -136,12 +140,35 @@ class Connection:
             if head.path == PUSH_MESSAGES:
                 body = _at_once(letters.check(b"".join([part async for part in body])))
             shared.counts.add("passed")
+            if head.path == PULL_MESSAGES:
+                await self._wait_for_message(head, b"".join([part async for part in body]))
+                return
             async with shared.upstream.ask(head, body) as response:
-                await self._reply(response)
+                await self._reply(response, response.aiter_raw())
         finally:
             shared.in_flight[site] -= 1
             if not shared.in_flight[site]:
                 del shared.in_flight[site]
+
+    async def _wait_for_message(self, head: Head, question: bytes) -> None:
+        """Answer a node's question for messages once there is one, or it has waited for long."""
+        shared = self._shared
+
+        async def ask() -> Answer:
+            if shared.enrolled is not None:
+                shared.enrolled.site(head)  # refuses a key that was revoked meanwhile
+            async with shared.upstream.ask(head, _at_once(question)) as response:
+                return response, b"".join([chunk async for chunk in response.aiter_raw()])
+
+        try:
+            response, content = await shared.waiting.until(ask, self._gone, lambda: shared.stopping)
+        except httpx.TransportError as error:
+            raise Refusal(503, "superlink", f"the coordinator is restarting ({type(error).__name__})") from error
+        await self._reply(response, _at_once(content))
+
+    def _gone(self) -> bool:
+        """Whether the client has ended its side, or vanished."""
+        return self._reader.at_eof() or self._reader.exception() is not None or self._writer.is_closing()
 
     async def _body(self) -> AsyncIterator[bytes]:
         """Yield a request's body as it comes, no faster than it is taken.
@@ -163,14 +190,14 @@ class Connection:
             self._shared.received[self._site] = self._shared.received.get(self._site, 0) + len(event.data)
             yield bytes(event.data)
 
-    async def _reply(self, response: httpx.Response) -> None:
+    async def _reply(self, response: httpx.Response, content: AsyncIterator[bytes]) -> None:
         """Send the SuperLink's reply as it comes."""
         headers = outward(response)
         if self._shared.stopping:
             headers.append((b"connection", b"close"))
         await self._write(h11.Response(status_code=response.status_code, headers=headers, reason=b""))
         try:
-            async for chunk in response.aiter_raw():
+            async for chunk in content:
                 self._shared.counts.add("bytes out", len(chunk))
                 await self._write(h11.Data(data=chunk))
         except httpx.TransportError as error:  # in the middle of a reply: all that is left is to break off too

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from server.daemon.settings import is_loopback
+from server.gateway import waiting
 from server.gateway.connection import Connection, Shared, Slow
 from server.gateway.counts import Counts
 from server.gateway.identity import Enrolled
@@ -108,6 +109,7 @@ class Gateway:
             limits=limits,
             enrolled=enrolled,
             upstream=Upstream(upstream, upstream_ca, limits.upstream_seconds),
+            waiting=waiting.Waiting(limits.wait_seconds),
             counts=self._counts,
             room=None if disk is None else Room(disk, limits.least_free_mib << 20),
             rates=Buckets(limits.requests_per_second, limits.requests_per_second * BURST_SECONDS),
@@ -228,6 +230,7 @@ class Gateway:
         protocol = asyncio.StreamReaderProtocol(reader)
         try:
             guest.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a reply's last piece waits 40 ms
+            waiting.keep_alive(guest.client)
             guest.transport, _ = await loop.connect_accepted_socket(
                 lambda: protocol,
                 guest.client,

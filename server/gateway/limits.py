@@ -32,4 +32,7 @@ class Limits(Section):
     body_seconds: Seconds = 20  # patience with a body, on top of what its bytes earn:
     body_bytes_per_second: Count = 4096
     reply_seconds: Seconds = 30  # without a byte taken of a reply
+    wait_seconds: Annotated[float, Field(ge=0, le=20)] = (
+        10  # of a node's question for messages; SuperNodes give up at 30
+    )
     upstream_seconds: Seconds = 60  # without a byte from the SuperLink; SuperNodes wait 30

@@ -26,8 +26,8 @@ FOR_NODES = frozenset(
     )
 )
 FOR_NODES_WITHOUT_KEYS = FOR_NODES | {b"/v1/fleet/register-node", b"/v1/fleet/unregister-node"}
-ACTIVATE, PUSH_MESSAGES, PUSH_OBJECT = (
-    f"/v1/fleet/{name}".encode() for name in ("activate-node", "push-messages", "push-object")
+ACTIVATE, PULL_MESSAGES, PUSH_MESSAGES, PUSH_OBJECT = (
+    f"/v1/fleet/{name}".encode() for name in ("activate-node", "pull-messages", "push-messages", "push-object")
 )
 
 IDENTITY = (b"flwr-public-key", b"flwr-timestamp", b"flwr-signature")

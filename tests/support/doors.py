@@ -32,7 +32,8 @@ from shared.processes import Child
 
 BIN = Path(sys.executable).parent
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-GENEROUS = Limits(connections_per_second=100_000)  # tests all come from one address
+# Tests all come from one address, and few of them wait for a message.
+GENEROUS = Limits(connections_per_second=100_000, wait_seconds=0)
 
 
 def free_port() -> int:
