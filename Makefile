@@ -31,6 +31,10 @@ bench: .venv/developed  ## the benchmarks, each a table
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/private_step.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sensitivity_matrix.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/round_overhead.py
+
+soak: .venv/developed  ## 200 rounds over real processes with random kills: half an hour and more
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py
 
 fmt: .venv/developed  ## put the code in order
 	$(BIN)/ruff format .
