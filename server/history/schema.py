@@ -95,10 +95,14 @@ def revision(connection: Connection) -> str | None:
 def state(connection: Connection) -> State:
     """Compare the database's schema with this version's."""
     found = revision(connection)
+    if found is None:
+        if not inspect(connection).get_table_names():
+            return "empty"
+        found = revision(connection)  # another process may have made the tables between the two looks
     if found == NEWEST:
         return "newest"
     if found is None:
-        return "foreign" if inspect(connection).get_table_names() else "empty"
+        return "foreign"
     from alembic.script import ScriptDirectory
 
     known = {script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions()}

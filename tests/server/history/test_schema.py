@@ -202,6 +202,14 @@ def test_processes_that_open_a_fresh_database_at_once_all_succeed(shared_url):
     assert History.current_revision(shared_url) == schema.NEWEST
 
 
+def test_tables_that_appear_between_two_looks_are_not_taken_for_another_programs(sqlite_url, monkeypatch):
+    History.open(sqlite_url).close()
+    looks = iter([None])  # the first look came before the other process had committed
+    seen = schema.revision
+    monkeypatch.setattr(schema, "revision", lambda connection: next(looks, seen(connection)))
+    History.open(sqlite_url).close()
+
+
 def test_threads_that_open_a_fresh_database_at_once_all_succeed(tmp_path):
     urls = [f"sqlite:///{tmp_path / name}.db" for name in "aaaabc"] + ["sqlite://", "sqlite://"]
     with ThreadPoolExecutor(len(urls)) as pool:
