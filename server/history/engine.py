@@ -5,6 +5,7 @@ a transaction that will write takes its lock before it reads, so that check-then
 """
 
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,24 @@ def _configure(connection: sqlite3.Connection, _record: object) -> None:
     connection.isolation_level = None  # transactions begin in `_begin`, not where the driver guesses
     connection.execute("PRAGMA foreign_keys=ON")
     connection.execute("PRAGMA synchronous=FULL")
-    if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
-        connection.execute("PRAGMA journal_mode=WAL")
+    _use_wal(connection)
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Switch the file to its write-ahead log, unless it is switched or in memory.
+
+    Where two processes switch a fresh file at once, SQLite tells one of them "locked" without waiting for
+    its timeout; so the waiting is done here.
+    """
+    until = time.monotonic() + BUSY_SECONDS
+    while connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return  # memory and some file systems stay as they are
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def _begin(connection: Connection) -> None:

@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -200,6 +201,17 @@ def test_processes_that_open_a_fresh_database_at_once_all_succeed(shared_url):
     errors = [process.communicate(timeout=60)[1].decode() for process in started]
     assert [process.returncode for process in started] == [0, 0, 0, 0], errors
     assert History.current_revision(shared_url) == schema.NEWEST
+
+
+def test_a_fresh_file_that_another_process_writes_is_waited_for(tmp_path):
+    """SQLite says "locked" at once, without its timeout, when the journal's mode is changed meanwhile."""
+    other = sqlite3.connect(tmp_path / "history.db", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    release = threading.Timer(0.3, other.execute, ["COMMIT"])
+    release.start()
+    History.open(f"sqlite:///{tmp_path / 'history.db'}").close()
+    release.join()
+    other.close()
 
 
 def test_tables_that_appear_between_two_looks_are_not_taken_for_another_programs(sqlite_url, monkeypatch):
