@@ -162,14 +162,15 @@ def _check_split(site: Site, ledger: Ledger) -> None:
     Raises
     ------
     DataError
-        Where the key, the share or the ids' column has changed.
+        Where the key, the share, or the column of the ids or of the units has changed.
     """
     key = hashlib.sha256(b"moonflower split\0" + split_key(site)).hexdigest()
-    split = f"{key} {site.dataset.validation!r} {site.dataset.id_column}".encode()
+    unit = "" if site.dataset.unit_column is None else f" unit {site.dataset.unit_column}"
+    split = f"{key} {site.dataset.validation!r} {site.dataset.layout().column('id')}{unit}".encode()
     if ledger.pin("", "split", split) != split:
         raise DataError(
-            f"dataset {site.dataset.id!r} was split by another split key, validation share or id column, for its "
-            "whole life: restore them (site.toml, split_key and [dataset] validation, id_column)."
+            f"dataset {site.dataset.id!r} was split by another split key, validation share, id or unit column, for its "
+            "whole life: restore them (site.toml, split_key and [dataset] validation, columns.id, unit_column)."
         )
 
 

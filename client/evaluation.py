@@ -1,22 +1,30 @@
-"""One local evaluation: a noised histogram of the model's predictions on the site's validation records.
+"""One local evaluation: noised counts of how the model does on the site's validation records.
 
-Each record falls in one cell of (true label, predicted label, confidence bin), so that adding or removing
-it changes the counts by 1; noise of the plan's deviation goes on every cell, empty ones included. Counts
-are whole numbers, so that under `privacy.noise = "discrete"` they are released as whole numbers.
+The task maps each record to a vector of bounded L2 norm (a one in the cell of its true and its predicted label, say). A
+unit adds the mean of its records' vectors, clipped to the task's sensitivity, so that adding or removing it changes the
+counts by at most that; noise of the plan's deviation times it goes on every cell, empty ones included. The vectors are
+rounded towards zero to multiples of 1/1024, so that under `privacy.noise = "discrete"` whole numbers are released.
 """
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from client.privacy import noise
 from client.privacy.randomness import Keystream
 from client.resident import Resident
 from client.site import Site
-from shared import arrays, metrics
+from shared import arrays
 from shared.arrays import Arrays
+from shared.errors import EngineError
+from shared.examples import Examples
 from shared.messages import EvaluateRequest
 from shared.plan import SitePlan
 from shared.run_config import RunConfig
+from shared.scoring import outcomes
+from shared.tasks.base import Measured, Task
+
+STEPS = 1024  # of an amount of 1
 
 
 def evaluate(
@@ -27,14 +35,40 @@ def evaluate(
     request: EvaluateRequest,
     randomness: Keystream,
 ) -> Arrays:
-    """Return {"counts": (labels, labels, confidence_bins)}, noised, float32."""
+    """Return {"counts": task.cells}, noised, float32."""
     model = resident.model(config, site.device)
     arrays.write(model.module, request.arrays)
     examples = resident.parts(site, config).validation
-    features = resident.features(site, "validation", examples, config, request.arrays)
-    with torch.no_grad():
-        probabilities = model.module.head(features).softmax(1).double().cpu().numpy()
-    counts = metrics.count(probabilities, np.asarray(examples.labels, dtype=int), config.evaluation.confidence_bins)
-    kind = noise.of_counts(config.privacy, randomness)
-    noised = kind.noised(torch.from_numpy(counts.astype(np.int64)), plan.evaluation_noise)
-    return {"counts": noised.numpy()}
+    held = None
+    if model.task.features:
+        held = resident.features(site, "validation", examples, config, request.arrays)
+    total = np.zeros(int(np.prod(model.task.cells)), dtype=np.int64)
+    weights = 1 / np.diff(examples.units)[_unit_of(examples)]
+    for rows, measured, _ in outcomes(model, examples, config.hardware, held):
+        _add(total, measured, weights[rows], model.task)
+    kind = noise.of_counts(config.privacy, randomness, sensitivity=model.task.sensitivity, steps=STEPS)
+    noised = kind.noised(torch.from_numpy(total), plan.evaluation_noise)
+    return {"counts": noised.reshape(model.task.cells).numpy()}
+
+
+def _unit_of(examples: Examples) -> npt.NDArray[np.int64]:
+    """Unit of each row."""
+    return np.repeat(np.arange(len(examples)), np.diff(examples.units))
+
+
+def _add(total: npt.NDArray[np.int64], measured: Measured, weights: npt.NDArray[np.float64], task: Task) -> None:
+    """Add rows' clipped and weighted vectors to `total`, in steps.
+
+    Raises
+    ------
+    EngineError
+        Where a task names a cell of a record twice: its vector's norm would not be that of the amounts.
+    """
+    ordered = np.sort(measured.cells, axis=1)
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        raise EngineError(f"{task.name} names a cell of a record twice.")
+    amounts = np.nan_to_num(measured.amounts, nan=0.0, posinf=0.0, neginf=0.0)
+    norms = np.linalg.norm(amounts, axis=1)
+    scales = np.minimum(1.0, task.sensitivity / np.maximum(norms, 1e-300)) * weights
+    steps = np.trunc(amounts * scales[:, None] * STEPS).astype(np.int64)
+    np.add.at(total, measured.cells.ravel(), steps.ravel())

@@ -6,14 +6,16 @@ under which just these records look harmless.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from client.privacy.randomness import Keystream
+from shared.examples import Examples, collate
 from shared.models import LoadedModel
-from shared.tasks.text_classification import Examples, collate
+from shared.tasks.base import Encoded
 
-LENGTHS = (3, 2, 3, 7, 12, 9)  # tokens
+LENGTHS = (3, 2, 3, 7, 12, 9)  # of the padded axes: tokens
 # Records and width of each batch: as wide as it is long, where a batch can be mistaken for a sequence; padded past every
 # length, with no number dividing the other; a batch of one.
 TOGETHER: tuple[tuple[tuple[int, ...], int], ...] = (((0, 1, 2), 3), ((3, 4), 15), ((5,), 9))
@@ -21,21 +23,24 @@ TOGETHER: tuple[tuple[tuple[int, ...], int], ...] = (((0, 1, 2), 3), ((3, 4), 15
 
 @torch.no_grad()
 def examples(model: LoadedModel, lengths: Sequence[int] = LENGTHS) -> Examples:
-    """Return a record of each length, its tokens drawn from the whole vocabulary.
+    """Return a record of each length.
 
-    Its label is the one that the model holds for the least likely: a model that is sure of a label has no gradient
+    Its target is one that the model holds for unlikely: a model that is sure of a label has no gradient
     there, and the probe would learn nothing.
     """
-    texts = _texts(model, lengths)
-    device = model.module.head.weight.device
-    batches = (collate(texts, (number,), device, length) for number, length in enumerate(lengths))
-    logits = torch.cat([model.module(batch.input_ids, batch.attention_mask) for batch in batches])
-    return Examples(texts.tokens, tuple(logits.argmin(1).tolist()))
+    made = _inputs(model, lengths)
+    device, task = model.module.device, model.task
+    records: list[Encoded] = []
+    for number, length in enumerate(lengths):
+        batch = collate(made, [(number,)], device, task.padded(length))
+        unlikely = task.unlikely(model.outputs(batch), batch)
+        records.append({**made.row(number), **{name: np.asarray(value[0]) for name, value in unlikely.items()}})
+    return Examples.single(task, model.processor, records)
 
 
 @torch.no_grad()
 def features(model: LoadedModel, widest: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return the encoder's features (N, hidden_size) of records side by side, and of each alone, unpadded.
+    """Return the network's features (N, hidden_size) of records side by side, and of each alone, unpadded.
 
     They are those of one short batch, drawn by lot; or of two records as long as `widest` allows.
     """
@@ -45,17 +50,22 @@ def features(model: LoadedModel, widest: int | None = None) -> tuple[Tensor, Ten
         lengths = [LENGTHS[number] for number in group]
     else:
         lengths, width = [widest, widest - 5], widest
-    texts, device = _texts(model, lengths), model.module.head.weight.device
+    made, device = _inputs(model, lengths), model.module.device
 
     def of(numbers: Sequence[int], width: int) -> Tensor:
-        batch = collate(texts, numbers, device, width)
-        return model.module.features(batch.input_ids, batch.attention_mask).float()
+        batch = collate(made, [(number,) for number in numbers], device, model.task.padded(width))
+        return model.module.features(**model.inputs(batch)).float()
 
     alone = [of((number,), length) for number, length in enumerate(lengths)]
     return of(range(len(lengths)), width), torch.cat(alone)
 
 
-def _texts(model: LoadedModel, lengths: Sequence[int]) -> Examples:
+def longest(model: LoadedModel) -> int:
+    """What the widest record is padded to; 0 where records are all of one size."""
+    return max(model.task.width(model.task.widest(model.processor)), default=0)
+
+
+def _inputs(model: LoadedModel, lengths: Sequence[int]) -> Examples:
     randomness = Keystream.from_system()
-    drawn = (randomness.uniform(length) * len(model.tokenizer) for length in lengths)
-    return Examples(tuple(tuple(int(token) for token in tokens) for tokens in drawn), (0,) * len(lengths))
+    records = [model.task.made_up(length, randomness.uniform, model.processor) for length in lengths]
+    return Examples.single(model.task, model.processor, records)

@@ -1,4 +1,4 @@
-"""What stays warm between a node's messages: the model, each site's tokenised records, their features.
+"""What stays warm between a node's messages: the model, each site's encoded records, their features.
 
 One model serves every site of a process: a site's turn only sets the trainable arrays.
 """
@@ -16,12 +16,12 @@ from client.privacy import probe
 from client.site import Site, split_key
 from shared import arrays, models
 from shared.arrays import Arrays
+from shared.examples import Examples
 from shared.features import FeatureCache, features
 from shared.models import HEAD, LoadedModel
 from shared.plan import Part
 from shared.run_config import Gradients as Mode
 from shared.run_config import RunConfig
-from shared.tasks.text_classification import Examples, widest
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Resident:
         return self._model[1]
 
     def parts(self, site: Site, config: RunConfig) -> Parts:
-        """Return the site's records, tokenised and split; read anew when the file has changed.
+        """Return the site's records, encoded and split; read anew when the file has changed.
 
         Raises
         ------
@@ -63,15 +63,15 @@ class Resident:
         """
         key = self._key(site)
         if key not in self._parts:
-            tokenizer = self.model(config, site.device).tokenizer
-            self._parts[key] = data.load(site.dataset, config.task, split_key(site), tokenizer)
+            model = self.model(config, site.device)
+            self._parts[key] = data.load(site.dataset, model.task, split_key(site), model.processor)
         return self._parts[key]
 
     def _key(self, site: Site) -> str:
         return f"{site.name} {data.file_digest(site.dataset.path)} {site.dataset!r} {site.split_key}"
 
     def features(self, site: Site, part: Part, examples: Examples, config: RunConfig, trained: Arrays) -> Tensor:
-        """Return the features (N, hidden_size) of a part under the encoder that `trained` gives.
+        """Return the features (rows, hidden_size) of a part under the encoder that `trained` gives.
 
         Raises
         ------
@@ -84,9 +84,10 @@ class Resident:
             with probe.stateless(model.module):
                 probe.check_features(*made_up.features(model))
             if part not in self._long:
-                probe.check_features(*made_up.features(model, widest(config.task)))
+                if longest := made_up.longest(model):
+                    probe.check_features(*made_up.features(model, longest))
                 self._long.add(part)
-            return features(model.module, examples, config.hardware)
+            return features(model, examples, config.hardware)
 
         encoder = arrays.digest({name: array for name, array in trained.items() if not name.startswith(HEAD)})
         name = f"{part} {config.hardware.precision} {self._key(site)}"

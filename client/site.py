@@ -15,6 +15,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from client.privacy.policy import Policy
 from shared.errors import ConfigError, DataError, RefusedError
 from shared.plan import DatasetCard
+from shared.records import Layout
 from shared.run_config import NAME_PATTERN, Section, parse, read_toml
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -26,6 +27,9 @@ class Dataset(Section):
     `id` names the data set for its whole life: its privacy budget is kept under it. `records` is the
     rounded size, public, from which rates and divisors follow. `labels` are all that a record can have: they
     are declared here because a coordinator that could try labels would learn which ones the file holds.
+    `columns` maps what a task reads (`text`, `label`, and `id`) to columns of the file, where they are called otherwise, and
+    `label_names` the file's labels to declared ones. `unit_column` is the column that says whose a record is: the unit of
+    privacy is then the person, for the dataset's life, and `records` counts persons.
     `shares_no_records_with` names data sets with accounts in the same ledger, of which the site gives its word
     that no record of theirs is in this one: a record in two accounts would have two budgets.
     """
@@ -34,11 +38,23 @@ class Dataset(Section):
     path: Path = Field(strict=False)  # JSON lines: one object a record
     records: int = Field(ge=10)
     validation: float = Field(0.1, ge=0.01, le=0.5)
-    labels: tuple[str, ...] = Field(min_length=1, strict=False)
-    id_column: str = "id"
-    text_column: str = "text"
-    label_column: str = "label"
+    labels: tuple[str, ...] = Field((), strict=False)
+    columns: dict[str, str] = Field(default_factory=dict)
+    label_names: dict[str, str] = Field(default_factory=dict)
+    unit_column: str | None = None
     shares_no_records_with: tuple[Name, ...] = Field((), strict=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_are_a_table(cls, values: Any) -> Any:
+        for role in ("id", "text", "label") if isinstance(values, dict) else ():
+            if f"{role}_column" in values:
+                raise ValueError(f"{role}_column is now written as columns.{role}, in the table [dataset.columns]")
+        return values
+
+    def layout(self) -> Layout:
+        """How its file is to be read."""
+        return Layout(self.columns, self.label_names, self.unit_column)
 
     def card(self) -> DatasetCard:
         """What the site declares."""

@@ -24,12 +24,13 @@ from shared import arrays
 from shared.accounting import Mechanism
 from shared.arrays import Arrays
 from shared.errors import EngineError, SensitivityError
+from shared.examples import Examples, Unit, batches, collate
 from shared.messages import TrainRequest
-from shared.models import HEAD, LoadedModel, autocast
+from shared.models import LoadedModel, autocast
 from shared.plan import SitePlan
 from shared.run_config import Gradients as Mode
 from shared.run_config import RunConfig
-from shared.tasks.text_classification import Examples, batches, collate, widest
+from shared.tasks.base import Width
 
 log = logging.getLogger("moonflower.site")
 
@@ -48,68 +49,86 @@ class Trained:
 
 
 class EncoderPass:
-    """Losses by running the whole model on tokens."""
+    """Losses by running the whole model on records."""
 
     def __init__(self, model: LoadedModel, examples: Examples, config: RunConfig) -> None:
         self.module: nn.Module = model.module
         self._model, self._examples, self._config = model, examples, config
-        self._device = model.module.head.weight.device
+        self._device = model.module.device
 
-    def groups(self, drawn: Sequence[int], *, whole: bool) -> Iterator[Objective]:
-        """Split the drawn records into batches of one length, small where their gradients are made `whole`."""
+    def groups(self, drawn: Sequence[Unit], *, whole: bool) -> Iterator[Objective]:
+        """Split the drawn units into batches of one width, small where their gradients are made `whole`."""
         rows = self._config.hardware.micro_batch
         if whole:
             each = 4 * sum(parameter.numel() for parameter in self.module.parameters() if parameter.requires_grad)
             rows = max(1, min(rows, GRADIENT_BYTES // each))
         for group in batches(self._examples, drawn, rows):
-            yield self._objective(self._examples, group, None, self._config.hardware.precision)
+            units = [drawn[place] for place in group]
+            yield self._objective(self._examples, units, None, self._config.hardware.precision)
 
     def made_up(self, *, only_one_batch: bool = False) -> tuple[list[tuple[Sequence[int], Objective]], list[Objective]]:
         """Made-up records for the probe: padded side by side, and each alone; float32.
 
-        All batches of `client.made_up` and one as wide as a text can be, or a short one, drawn by lot.
+        All batches of `client.made_up` and one as wide as a record can be, or a short one, drawn by lot.
         """
         chosen = [([made_up.LENGTHS[number] for number in group], width) for group, width in made_up.TOGETHER]
-        if only_one_batch:  # of several records: one alone shows nothing of what couples them
+        longest = made_up.longest(self._model)
+        if only_one_batch or not longest:  # of several records: one alone shows nothing of what couples them
             chosen = [batch for batch in chosen if len(batch[0]) > 1]
+        if only_one_batch:
             chosen = [chosen[int(Keystream.from_system().uniform(1)[0] * len(chosen))]]
-        else:
-            longest = widest(self._config.task)
+        elif longest:
             chosen.append(([longest, longest - 5], longest))
         lengths = [length for each, _ in chosen for length in each]
         with probe.stateless(self.module):
             examples = made_up.examples(self._model, lengths)
+        padded = self._model.task.padded
         together: list[tuple[Sequence[int], Objective]] = []
         first = 0
         for each, width in chosen:
             numbers = range(first, first := first + len(each))
-            together.append((numbers, self._objective(examples, numbers, width, "float32")))
-        alone = [self._objective(examples, (number,), length, "float32") for number, length in enumerate(lengths)]
+            units = [(number,) for number in numbers]
+            together.append((numbers, self._objective(examples, units, padded(width), "float32")))
+        alone = [
+            self._objective(examples, [(number,)], padded(length), "float32") for number, length in enumerate(lengths)
+        ]
         return together, alone
 
-    def _objective(self, examples: Examples, group: Sequence[int], width: int | None, precision: str) -> Objective:
-        def losses(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-            with autocast(self._device, precision):
-                logits = self._model.module(input_ids, attention_mask)
-            return nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    def _objective(self, examples: Examples, units: Sequence[Unit], width: Width | None, precision: str) -> Objective:
+        batch = collate(examples, units, self._device, width)
+        names, rows = list(batch), len(units[0])
 
-        batch = collate(examples, group, self._device, width)
-        return Objective((batch.input_ids, batch.attention_mask, batch.labels), losses)
+        def losses(*values: Tensor) -> Tensor:
+            given = dict(zip(names, values, strict=True))
+            if rows > 1:
+                given = {name: value.flatten(0, 1) for name, value in given.items()}
+            with autocast(self._device, precision):
+                outputs = self._model.outputs(given)
+            each = self._model.task.losses(outputs, given)
+            return each if rows == 1 else each.reshape(-1, rows).mean(1)
+
+        return Objective(tuple(batch.values()), losses)
 
 
 class HeadPass:
     """Losses by running the head alone on features that no longer change."""
 
-    def __init__(self, model: LoadedModel, features: Tensor, labels: Sequence[int]) -> None:
+    def __init__(self, model: LoadedModel, features: Tensor, examples: Examples) -> None:
         self.module: nn.Module = model.module.head
         self._weight = model.module.head.weight
-        self._features, self._labels = features, torch.tensor(labels, device=features.device)
+        self._task, self._features, self._examples = model.task, features, examples
+        self._targets = model.task.targets_of(examples.fields, features.device)
 
-    def groups(self, drawn: Sequence[int], *, whole: bool) -> Iterator[Objective]:  # noqa: ARG002 - as `EncoderPass`'s
-        """Split the drawn records into batches; a head's gradients are small."""
-        for start in range(0, len(drawn), HEAD_BATCH):
-            group = drawn[start : start + HEAD_BATCH]
-            yield self._objective(self._features[group], self._labels[group])
+    def groups(self, drawn: Sequence[Unit], *, whole: bool) -> Iterator[Objective]:  # noqa: ARG002 - as `EncoderPass`'s
+        """Split the drawn units into batches of as many rows each; a head's gradients are small."""
+        by_rows: dict[int, list[Unit]] = {}
+        for unit in drawn:
+            by_rows.setdefault(len(unit), []).append(unit)
+        for each, units in sorted(by_rows.items()):
+            for start in range(0, len(units), HEAD_BATCH):
+                rows = torch.tensor(units[start : start + HEAD_BATCH], device=self._features.device)
+                rows = rows.squeeze(1) if each == 1 else rows
+                yield self._objective(self._features[rows], self._targets[rows])
 
     def made_up(self, *, only_one_batch: bool = False) -> tuple[list[tuple[Sequence[int], Objective]], list[Objective]]:  # noqa: ARG002
         """Made-up features for the probe: side by side, and each alone. One batch is all there is."""
@@ -118,16 +137,20 @@ class HeadPass:
         features = torch.from_numpy(drawn).float().to(self._features.device)
         features *= torch.tensor([[1.0], [0.1], [10.0], [1.0]], device=features.device)
         with torch.no_grad():
-            labels = self.module(features).argmin(1)  # as in `client.made_up`
+            unlikely = self._task.unlikely(self.module(features), {})["labels"]  # as in `client.made_up`
+        labels = torch.from_numpy(unlikely).to(features.device)
         together: list[tuple[Sequence[int], Objective]] = [(range(4), self._objective(features, labels))]
         return together, [self._objective(features[n : n + 1], labels[n : n + 1]) for n in range(4)]
 
-    def _objective(self, features: Tensor, labels: Tensor) -> Objective:
-        def losses(features: Tensor, labels: Tensor) -> Tensor:
-            logits = self.module(features.to(self._weight.dtype))
-            return nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    def _objective(self, features: Tensor, targets: Tensor) -> Objective:
+        def losses(features: Tensor, targets: Tensor) -> Tensor:
+            several = features.dim() > 2  # rows of a unit
+            rows = features.shape[1] if several else 1
+            given = (features.flatten(0, 1), targets.flatten(0, 1)) if several else (features, targets)
+            each = self._task.losses(self.module(given[0].to(self._weight.dtype)), {"labels": given[1]})
+            return each.reshape(-1, rows).mean(1) if several else each
 
-        return Objective((features, labels), losses)
+        return Objective((features, targets), losses)
 
 
 def train(
@@ -154,9 +177,9 @@ def train(
     trained = model.names(name)
     parameters = train_only(model.module, trained)
     examples = resident.parts(site, config).train
-    if all(parameter.startswith(HEAD) for parameter in trained):
+    if model.cached(trained):
         features = resident.features(site, "train", examples, config, request.arrays)
-        objective: EncoderPass | HeadPass = HeadPass(model, features, examples.labels)
+        objective: EncoderPass | HeadPass = HeadPass(model, features, examples)
     else:
         objective = EncoderPass(model, examples, config)
     clipping = Clipping(phase.clipping_norm, config.privacy.clipping)
@@ -166,7 +189,7 @@ def train(
         clipping.norm,
         size,
         randomness,
-        model.module.head.weight.device,
+        model.module.device,
         allow_device_noise=site.privacy.allow_device_noise,
     )
     velocity = {parameter: torch.zeros_like(value) for parameter, value in parameters.items()}
@@ -181,7 +204,10 @@ def train(
                 if isinstance(noisy, Discrete)
                 else ClippedSum(gradients, clipping)
             )
-            drawn = randomness.poisson_sample(len(examples), steps.sampling_rate).tolist()
+            drawn = [
+                examples.rows_of(unit)
+                for unit in randomness.poisson_sample(len(examples), steps.sampling_rate).tolist()
+            ]
             for batch in objective.groups(drawn, whole=whole):
                 _add(total, batch)
             dropped += total.dropped

@@ -2,43 +2,44 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
 
 from server.history.records import Metric
-from server.public_test import read
-from shared import arrays, metrics
+from shared import arrays, records, tasks
 from shared.arrays import Arrays
+from shared.examples import Examples
 from shared.features import FeatureCache, features
 from shared.models import HEAD, LoadedModel
 from shared.run_config import RunConfig
-from shared.tasks.text_classification import Examples, tokenise
+from shared.scoring import exact
+
+FINE, LARGEST = 1000, 10_000_000  # bins of a public record's score, and cells of all
 
 
 class TestSet:
-    """The public test records, JSON lines of `text` and `label`, tokenised once."""
+    """The public test records, encoded once."""
 
     def __init__(self, path: Path, config: RunConfig, model: LoadedModel) -> None:
         self._model, self._config = model, config
-        texts, labels = read(path, config.task)
-        self._whole = tokenise(model.tokenizer, texts, labels, config.task.max_length)
-        quick = config.evaluation.quick_records or len(labels)
-        self._quick = Examples(self._whole.tokens[:quick], self._whole.labels[:quick])
+        task, processor = tasks.of(config), model.processor
+        task.bins = max(task.bins, min(FINE, LARGEST // max(1, len(config.task.labels)) ** 2))
+        held = [task.encode(record.values, processor) for record in records.read(path, task, identified=False)]
+        self._whole = Examples.single(task, processor, held)
+        self._quick = self._whole.first(config.evaluation.quick_records or len(held))
         self._cache = FeatureCache()
 
+    @torch.no_grad()
     def score(self, trained: Arrays, *, whole: bool) -> list[Metric]:
         """Score `trained` on the whole set, or on its first `evaluation.quick_records`; exact."""
         examples = self._whole if whole else self._quick
-        module = self._model.module
-        arrays.write(module, trained)
-        encoder = arrays.digest({name: array for name, array in trained.items() if not name.startswith(HEAD)})
-        held = self._cache.get(f"{len(examples)}", encoder, lambda: features(module, examples, self._config.hardware))
-        with torch.no_grad():
-            logits = module.head(held)
-            labels = torch.tensor(examples.labels, device=logits.device)
-            loss = float(nn.functional.cross_entropy(logits, labels))
-            probabilities = logits.softmax(1).double().cpu().numpy()
-        counts = metrics.count(probabilities, np.asarray(examples.labels), 1000)
-        found = [Metric("test", None, score.name, score.value) for score in metrics.scores(counts)]
-        return [*found, Metric("test", None, "loss", loss), Metric("test", None, "records", len(examples))]
+        model, hardware = self._model, self._config.hardware
+        arrays.write(model.module, trained)
+        held = None
+        if model.task.features:
+            encoder = arrays.digest({name: array for name, array in trained.items() if not name.startswith(HEAD)})
+            held = self._cache.get(f"{len(examples)}", encoder, lambda: features(model, examples, hardware))
+        counts, loss = exact(model, examples, hardware, held)
+        found = [Metric("test", None, score.name, score.value) for score in examples.task.scores(counts, 0.0)]
+        if all(metric.name != "loss" for metric in found):
+            found.append(Metric("test", None, "loss", loss))
+        return [*found, Metric("test", None, "records", len(examples))]

@@ -4,9 +4,10 @@ import numpy as np
 import numpy.typing as npt
 
 from server.history.records import Metric, Spend
-from shared import messages, metrics
+from shared import messages
 from shared.messages import EvaluateReply, JoinReply, TrainReply
 from shared.run_config import RunConfig
+from shared.tasks.base import Task
 
 LARGEST_NOISE = 1e9  # noise multiplier, far beyond any plan's: its square and sums of those are numbers
 
@@ -23,20 +24,22 @@ def at_odds(reply: TrainReply | EvaluateReply, joined: JoinReply, number: int) -
     return messages.implausible(reply)
 
 
-def counts(reply: EvaluateReply, config: RunConfig) -> npt.NDArray[np.float64] | None:
+def counts(reply: EvaluateReply, task: Task) -> npt.NDArray[np.float64] | None:
     """Return the reply's histogram, or None where it is another than was asked for."""
-    labels, bins = len(config.task.labels), config.evaluation.confidence_bins
     held = reply.histogram.get("counts")
-    if len(reply.histogram) != 1 or held is None or held.shape != (labels, labels, bins):
+    if len(reply.histogram) != 1 or held is None or held.shape != task.cells:
         return None
     return held.astype(np.float64) if np.isfinite(held).all() else None
 
 
-def validation(histogram: npt.NDArray[np.float64], noise: float, site: str | None) -> list[Metric]:
-    """Return the scores of a site's histogram; of the sum over sites where `site` is None."""
+def validation(task: Task, histogram: npt.NDArray[np.float64], noise: float, site: str | None) -> list[Metric]:
+    """Return the scores of a site's histogram; of the sum over sites where `site` is None.
+
+    `noise` is relative to what one unit can move.
+    """
     return [
         Metric("validation", site, score.name, score.value, score.low, score.high)
-        for score in metrics.scores(histogram, noise)
+        for score in task.scores(histogram, noise * task.sensitivity)
     ]
 
 

@@ -109,16 +109,16 @@ class Campaign:
         for answer in self._ask(question, {node: site.site for node, site in sorted(self.roster.able().items())}):
             reply, error = answer.reply, self._checked(answer, number, seen)
             if reply is not None and error is None:
-                counts = replies.counts(reply, self.config)
+                counts = replies.counts(reply, self.model.task)
                 if counts is None:
                     error = "the histogram is not the one that was asked for."
                 else:
-                    seen.metrics += replies.validation(counts, reply.noise_multiplier, reply.site)
+                    seen.metrics += replies.validation(self.model.task, counts, reply.noise_multiplier, reply.site)
                     total = counts if total.size == 0 else total + counts
                     variance += reply.noise_multiplier**2
             self._saw(seen, number, "evaluate", answer, error)
         if total.size:
-            seen.metrics += replies.validation(total, variance**0.5, None)
+            seen.metrics += replies.validation(self.model.task, total, variance**0.5, None)
 
     def _ask(self, question: Question[R], nodes: Mapping[int, str]) -> Iterable[Answer[R]]:
         if self.asking != (question.number, question.kind):  # asked again: another run may have been charged since

@@ -1,6 +1,6 @@
 """Features of many records under the encoder as it stands, computed once for as long as it stands so.
 
-While only the head is trained, each record's pooled feature never changes: one pass over the data serves
+While only the head is trained, each record's feature never changes: one pass over the data serves
 every later step and evaluation.
 """
 
@@ -9,20 +9,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from shared.models import TextClassifier, autocast
+from shared.examples import Examples, batches, collate
+from shared.models import LoadedModel, autocast
 from shared.run_config import Hardware
-from shared.tasks.text_classification import Examples, batches, collate
 
 
 @torch.no_grad()
-def features(module: TextClassifier, examples: Examples, hardware: Hardware) -> Tensor:
-    """Return (N, hidden_size), float32, in the order of `examples`."""
-    device = module.head.weight.device
-    found = torch.empty((len(examples), module.head.in_features), device=device)
-    for group in batches(examples, range(len(examples)), hardware.micro_batch):
-        batch = collate(examples, group, device)
+def features(model: LoadedModel, examples: Examples, hardware: Hardware) -> Tensor:
+    """Return (rows, hidden_size), float32, in the order of the rows of `examples`."""
+    module = model.module
+    device = module.device
+    found = torch.empty((examples.rows, module.head.in_features), device=device)
+    rows = [(row,) for row in range(examples.rows)]
+    for group in batches(examples, rows, hardware.micro_batch):
+        batch = collate(examples, [rows[place] for place in group], device)
         with autocast(device, hardware.precision):
-            found[group] = module.features(batch.input_ids, batch.attention_mask).float()
+            found[group] = module.features(**model.inputs(batch)).float()
     return found
 
 

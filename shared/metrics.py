@@ -6,6 +6,7 @@ score here is post-processing of it, and a sum of sites' histograms is a histogr
 added, a score carries the interval that the noise leaves.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,41 +28,89 @@ class Score:
     high: float | None = None
 
 
-def count(probabilities: npt.NDArray[Any], labels: npt.NDArray[Any], bins: int) -> Counts:
-    """Count records, one a row of `probabilities` (N, C) with true `labels` (N,), into (C, C, bins).
+def cells(probabilities: npt.NDArray[Any], labels: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    """Return each record's flat cell (N,) in a histogram of `shape` (C, C, K).
 
-    Each record adds 1 to one cell: adding or removing a record changes the counts by 1 in L2 norm.
+    `probabilities` are (N, C), the true `labels` (N,). A probability that is not a number counts as unsure: every
+    record has its one cell, whatever the model.
     """
+    classes, _, bins = shape
+    if not len(labels):
+        return np.zeros(0, dtype=np.int64)
+    predicted = probabilities.argmax(1)
+    confidence = probabilities[np.arange(len(labels)), predicted]
+    place = (confidence - 1 / classes) / (1 - 1 / classes) * bins
+    bin_of = np.clip(np.nan_to_num(place, nan=0.0), 0, bins - 1).astype(np.int64)
+    found: npt.NDArray[np.int64] = (labels.astype(np.int64) * classes + predicted) * bins + bin_of
+    return found
+
+
+def label_cells(
+    probabilities: npt.NDArray[Any], labels: npt.NDArray[Any], shape: tuple[int, ...]
+) -> npt.NDArray[np.int64]:
+    """Return each record's flat cells (N, C), one a label, in a histogram of `shape` (C, 2, K).
+
+    `probabilities` (N, C) are each label's own, `labels` (N, C) are 0 or 1; the bins split [0, 1] evenly.
+    """
+    classes, _, bins = shape
+    bin_of = np.clip(np.nan_to_num(probabilities * bins, nan=bins / 2), 0, bins - 1).astype(np.int64)
+    found: npt.NDArray[np.int64] = (np.arange(classes) * 2 + labels.astype(np.int64)) * bins + bin_of
+    return found
+
+
+def count(probabilities: npt.NDArray[Any], labels: npt.NDArray[Any], bins: int) -> Counts:
+    """Count records, one a row of `probabilities` (N, C) with true `labels` (N,), into (C, C, bins)."""
     classes = probabilities.shape[1]
-    counts = np.zeros((classes, classes, bins))
-    if len(labels):
-        predicted = probabilities.argmax(1)
-        confidence = probabilities[np.arange(len(labels)), predicted]
-        place = (confidence - 1 / classes) / (1 - 1 / classes) * bins
-        # A probability that is not a number counts as unsure: every record has its one cell, whatever the model.
-        bin_of = np.clip(np.nan_to_num(place, nan=0.0), 0, bins - 1).astype(int)
-        np.add.at(counts, (labels, predicted, bin_of), 1.0)
-    return counts
+    found = np.bincount(cells(probabilities, labels, (classes, classes, bins)), minlength=classes * classes * bins)
+    return found.astype(np.float64).reshape(classes, classes, bins)
 
 
 def scores(counts: Counts, noise: float = 0.0) -> list[Score]:
-    """All scores of a histogram whose cells each carry Gaussian noise of deviation `noise`.
+    """All scores of a classifier's histogram whose cells each carry Gaussian noise of deviation `noise`.
 
     Accuracy; macro precision, recall and F1; expected calibration error; for two labels the area under
     the ROC curve (ties within a bin count half). An interval comes from adding the same noise once more,
     many times, and reading the spread around the score: it covers the noise, not the sampling of records.
     """
-    found = _all(counts)
-    values = {name: float(value) for name, value in found.items()}
+    return with_intervals(_all, counts, noise)
+
+
+def with_intervals(
+    find: Callable[[Counts], dict[str, Counts]], counts: Counts, noise: float, *, highest: float = 1.0
+) -> list[Score]:
+    """Scores that `find` makes of counts (..., *cells), each of shape (...), with the interval that the noise leaves."""
+    values = {name: float(value) for name, value in find(counts).items()}
     if noise == 0:
         return [Score(name, value) for name, value in values.items()]
     # A fixed generator: this randomises a confidence interval, it protects nothing.
-    draws = _all(counts + np.random.default_rng(0).normal(0, noise, (DRAWS, *counts.shape)))
+    draws = find(counts + np.random.default_rng(0).normal(0, noise, (DRAWS, *counts.shape)))
     spread = {name: 1.96 * float(np.std(drawn)) for name, drawn in draws.items()}
     return [
-        Score(name, value, max(0.0, value - spread[name]), min(1.0, value + spread[name]))
+        Score(name, value, max(0.0, value - spread[name]), min(highest, value + spread[name]))
         for name, value in values.items()
     ]
+
+
+def label_scores(counts: Counts, noise: float = 0.0) -> list[Score]:
+    """Scores of a multi-label histogram (C, 2, K): label, whether a record has it, bin of its probability.
+
+    Micro and macro F1, precision and recall at a probability of one half.
+    """
+    return with_intervals(_of_labels, counts, noise)
+
+
+def _of_labels(counts: Counts) -> dict[str, Counts]:
+    half = counts.shape[-1] // 2
+    hits, wrong = counts[..., 1, half:].sum(-1), counts[..., 0, half:].sum(-1)  # (..., C)
+    held = counts[..., 1, :].sum(-1)
+    precision, recall = _share(hits, hits + wrong), _share(hits, held)
+    all_precision, all_recall = _share(hits.sum(-1), (hits + wrong).sum(-1)), _share(hits.sum(-1), held.sum(-1))
+    return {
+        "f1_micro": _share(2 * all_precision * all_recall, all_precision + all_recall),
+        "f1": _share(2 * precision * recall, precision + recall).mean(-1),
+        "precision": precision.mean(-1),
+        "recall": recall.mean(-1),
+    }
 
 
 def accuracy(counts: Counts) -> Counts:

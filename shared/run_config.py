@@ -69,6 +69,8 @@ class Model(Section):
     name: str = Field(min_length=1)
     digest: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     trainable: Literal["lora", "full", "head", "bias"] = "lora"
+    # Of text classification: our head on the mean of the last hidden states, or the model's own.
+    head: Literal["pooled", "native"] = "pooled"
     feature_scale: Positive = (
         1.0  # of the pooled feature; a smaller one leaves more of a clipped gradient to the encoder
     )
@@ -76,11 +78,17 @@ class Model(Section):
 
 
 class Task(Section):
-    """What the model learns to do. Labels are public and declared, never read from a site's file."""
+    """What the model learns to do. Labels are public and declared, never read from a site's file.
 
-    name: Literal["text-classification"] = "text-classification"
-    labels: tuple[str, ...] = Field(min_length=2, strict=False)
+    `name` is one of `shared.tasks`. `multi_label` gives a record any number of labels instead of one. `max_length` and
+    `max_target_length` cut what is read and what is written.
+    """
+
+    name: str = Field("text-classification", pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
+    labels: tuple[str, ...] = Field((), strict=False)
+    multi_label: bool = False
     max_length: int = Field(96, ge=4, le=8192)  # tokens; longer texts are cut
+    max_target_length: int = Field(64, ge=4, le=8192)  # tokens
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:

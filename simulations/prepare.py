@@ -20,10 +20,10 @@ from client.answers import open_ledger
 from client.privacy import policy
 from client.privacy.events import PARTS
 from client.site import Dataset, Site
-from server import public_test
 from server.history.store import History
 from server.job import RUN_FILE, TEST_FILE
-from shared import __version__, models, plan
+from shared import __version__, models, plan, tasks
+from shared import records as shared_records
 from shared.errors import ConfigError, DataError, NotFoundError, PolicyError
 from shared.paths import home
 from shared.plan import SitePlan
@@ -130,10 +130,11 @@ def _records(scenario: Scenario) -> tuple[dict[str, list[dict[str, Any]]], list[
         return {name: [_row(sentence) for sentence in held[name]] for name in names}, test
     folder = scenario.data.folder or Path()
     test_file = folder / TEST_FILE
+    task = tasks.of(scenario.run_config())
     if test_file.exists():
-        public_test.read(test_file, scenario.task)
+        shared_records.read(test_file, task, identified=False)
     for site in scenario.sites:
-        data.read(_dataset(scenario, site.name, site.records, folder / f"{site.name}.jsonl"), scenario.task)
+        data.read(_dataset(scenario, site.name, site.records, folder / f"{site.name}.jsonl"), task)
     return {name: _read(folder / f"{name}.jsonl") for name in names}, _read(test_file) if test_file.exists() else []
 
 

@@ -19,8 +19,9 @@ import psutil
 from client.node.coordinator import AHEAD, Knock, knock
 from client.node.node import connection
 from client.site import Coordinator, Site
+from shared import tasks
 from shared.errors import DataError, MoonflowerError, NotFoundError
-from shared.run_config import RunConfig, Task, parse, read_toml
+from shared.run_config import RunConfig, parse, read_toml
 
 ROUNDING = 0.1  # a declared size may differ from the true one by this share
 LEAST_FREE = 2**30  # bytes, for the ledger and what it keeps
@@ -140,13 +141,20 @@ def _data(site: Site, config: RunConfig | None) -> str:
     from client import data
 
     own = site.dataset
-    labels = own.labels if len(own.labels) > 1 else (*own.labels, "another label")
-    held = len(data.read(own, config.task if config else Task(labels=labels)))
+    task = tasks.of(config if config else _any(own.labels))
+    held = len({record.unit for record in data.read(own, task)})
     if abs(own.records - held) > ROUNDING * held:
         raise DataError(
             f"[dataset] records={own.records} and {own.path} holds {held}; declare its size rounded, within {ROUNDING:.0%}."
         )
     return f"{own.path}: {held} records, each with its columns and a declared label; {own.records} are declared"
+
+
+def _any(labels: tuple[str, ...]) -> RunConfig:
+    """A run that these labels fit, where none is named."""
+    known = labels if len(labels) > 1 else (*labels, "another label")
+    values = {"model": {"name": "any"}, "task": {"labels": list(known)}, "training": {"rounds": 1, "batch_size": 1}}
+    return parse(RunConfig, values, source="the trial run")
 
 
 def _budget(site: Site) -> str:

@@ -23,9 +23,7 @@ from client.resident import Resident
 from client.training import EncoderPass, HeadPass
 from shared import models
 from shared.errors import ModelError, MoonflowerError
-from shared.models import HEAD
 from shared.run_config import RunConfig
-from shared.tasks.text_classification import widest
 
 Line = tuple[str, bool, str]
 
@@ -103,10 +101,10 @@ def _probe(resident: Resident, config: RunConfig, device: str) -> str:
         trained = model.names(phase)
         parameters = train_only(model.module, trained)
         objective: EncoderPass | HeadPass
-        if all(name.startswith(HEAD) for name in trained):
+        if model.cached(trained):
             together, alone = made_up.features(model)
             probe.check_features(together, alone)
-            objective = HeadPass(model, together, [0] * len(together))
+            objective = HeadPass(model, together, made_up.examples(model, made_up.LENGTHS[: len(together)]))
         else:
             objective = EncoderPass(model, made_up.examples(model), config)
         with Gradients(objective.module, parameters, config.hardware.gradients) as gradients:
@@ -126,7 +124,7 @@ def _memory(resident: Resident, config: RunConfig, device: str) -> str:
     """
     model = resident.model(config, device)
     phase = "training" if "training" in config.phases else next(iter(config.phases))
-    rows, width = config.hardware.micro_batch, widest(config.task)
+    rows, width = config.hardware.micro_batch, made_up.longest(model)
     parameters = train_only(model.module, model.names(phase))
     objective = EncoderPass(model, made_up.examples(model, [width] * rows), config)
     cuda = next(iter(parameters.values())).device.type == "cuda"
@@ -135,7 +133,7 @@ def _memory(resident: Resident, config: RunConfig, device: str) -> str:
     with Gradients(objective.module, parameters, config.hardware.gradients) as gradients:
         total = ClippedSum(gradients, Clipping(config.phases[phase].clipping_norm))
         for batch in objective.groups(
-            range(rows), whole=config.privacy.noise == "discrete" or gradients.method == "hooks"
+            [(row,) for row in range(rows)], whole=config.privacy.noise == "discrete" or gradients.method == "hooks"
         ):
             total.add(batch)
     if cuda:
@@ -143,7 +141,8 @@ def _memory(resident: Resident, config: RunConfig, device: str) -> str:
     else:
         peak = usage.getrusage(usage.RUSAGE_SELF).ru_maxrss * 1024
         have = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    said = f"{rows} texts of {width} tokens take {peak / 2**30:.1f} GiB of {have / 2**30:.1f}"
+    records = f"{rows} records of {width} tokens" if width else f"{rows} records"
+    said = f"{records} take {peak / 2**30:.1f} GiB of {have / 2**30:.1f}"
     if peak > 0.9 * have:
         raise ModelError(f"one step of {said}: too near; lower hardware.micro_batch or task.max_length.")
     return f"one step of {said}"

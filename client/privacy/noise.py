@@ -201,6 +201,22 @@ def choose(
     return Continuous(clipping_norm, randomness)
 
 
-def of_counts(privacy: Privacy, randomness: Keystream) -> Continuous | Discrete:
-    """Return the noise of a histogram, in which one record moves one count by 1."""
-    return Discrete(Grid(1.0, 1.0), randomness) if privacy.noise == "discrete" else Continuous(1.0, randomness)
+@dataclass(frozen=True)
+class OfSteps:
+    """Real-valued noise on whole numbers of steps of a grid, given in the grid's unit."""
+
+    grid: Grid
+    randomness: Keystream
+
+    def noised(self, total: Tensor, noise_multiplier: float) -> Tensor:
+        """Return the noised sum of steps (int64) in the unit of the vectors, float32."""
+        held = Continuous(self.grid.step * self.grid.sensitivity, self.randomness)
+        return held.noised(total.double() * self.grid.step, noise_multiplier)
+
+
+def of_counts(
+    privacy: Privacy, randomness: Keystream, *, sensitivity: float = 1.0, steps: int = 1
+) -> OfSteps | Discrete:
+    """Return the noise of counts in whole numbers of 1/`steps`, which one unit moves by at most `sensitivity`."""
+    grid = Grid(1.0 / steps, sensitivity * steps)
+    return Discrete(grid, randomness) if privacy.noise == "discrete" else OfSteps(grid, randomness)

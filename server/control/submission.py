@@ -13,12 +13,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from server import public_test
 from server.daemon.settings import Settings
 from server.history.records import Run
 from server.history.store import History
 from server.job import CHECKPOINTS, RUN_FILE, TEST_FILE
-from shared import __version__
+from shared import __version__, records, tasks
 from shared.errors import ConfigError, DataError, NotFoundError
 from shared.run_config import RunConfig, parse
 
@@ -138,6 +137,6 @@ def _sync(place: Path) -> None:
 
 def _check(file: Path, config: RunConfig) -> None:
     try:
-        public_test.read(file, config.task)
+        records.read(file, tasks.of(config), identified=False)
     except DataError as error:
         raise DataError(str(error).replace(str(file), TEST_FILE)) from None

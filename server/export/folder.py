@@ -13,18 +13,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel
 
-from server import optimization, public_test
+from server import optimization
 from server.export import card, plain, weights
 from server.export.base import find
 from server.export.source import Source, read
 from server.history.store import History
 from server.privacy import statement_page
 from server.report.words import size
-from shared import arrays, models
+from shared import arrays, models, records, tasks
 from shared.errors import ModelError, MoonflowerError
+from shared.examples import Examples, collate
 from shared.models import LoadedModel
 from shared.run_config import RunConfig
-from shared.tasks.text_classification import collate, tokenise
 
 Form = Literal["adapter", "merged"]
 ROOM = 64_000_000  # bytes for what stands beside the weights: tokenizer, card, statement
@@ -103,7 +103,7 @@ def _fill(part: Path, source: Source, model: LoadedModel, form: Form) -> None:
     base = find(config.model)
     with models.quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
-        tokenizer = model.tokenizer
+        tokenizer = model.processor
         tokenizer.model_max_length = config.task.max_length
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:
@@ -156,17 +156,23 @@ def _load(source: Source) -> LoadedModel:
 def _samples(source: Source) -> list[str]:
     """Give texts to compare on: of the public test set, or the labels' own words; and one that is cut."""
     task = source.config.task
-    texts = list(task.labels) if source.test_set is None else public_test.read(source.test_set, task)[0][:SAMPLES]
+    texts = list(task.labels) if source.test_set is None else _texts(source, source.test_set)
     return [*texts, " ".join(texts * task.max_length)]
+
+
+def _texts(source: Source, test_set: Path) -> list[str]:
+    found = records.read(test_set, tasks.of(source.config), identified=False)
+    return [record.values["text"] for record in found[:SAMPLES]]
 
 
 @torch.no_grad()
 def _logits(model: LoadedModel, texts: Sequence[str], config: RunConfig) -> Tensor:
     """Score texts as the run does, one by one, in float32."""
-    examples = tokenise(model.tokenizer, texts, [0] * len(texts), config.task.max_length)
+    label = config.task.labels[0]
+    made = [model.task.encode({"text": text, "label": label}, model.processor) for text in texts]
+    examples = Examples.single(model.task, model.processor, made)
     device = torch.device("cpu")
-    rows = [collate(examples, [index], device) for index in range(len(texts))]
-    return torch.cat([model.module(row.input_ids, row.attention_mask) for row in rows])
+    return torch.cat([model.outputs(collate(examples, [(index,)], device)) for index in range(len(texts))])
 
 
 def _of_the_disk(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from shared.models import LoadedModel, TextClassifier
+from shared.models import LoadedModel, Network
 
 POOLING, NORM, HEAD = "1_Pooling", "2_LayerNorm", "3_Dense"
 MODULES = (("", "Transformer"), (POOLING, "Pooling"), (NORM, "LayerNorm"), (HEAD, "Dense"))
@@ -73,7 +73,7 @@ def write_merged(folder: Path, model: LoadedModel, source: str, labels: tuple[st
     base.save_pretrained(folder)
 
 
-def write_head(folder: Path, module: TextClassifier) -> None:
+def write_head(folder: Path, module: Network) -> None:
     """Write pooling, layer norm and head; the layer norm's weight is the run's feature scale."""
     width, labels = module.head.in_features, module.head.out_features
     scale = torch.full((width,), module.feature_scale)

@@ -101,9 +101,9 @@ class Dataset(Section):
     records: int = Field(ge=10)
     labels: Annotated[Texts, Field(min_length=1)]
     validation: float | None = None
-    id_column: str | None = None
-    text_column: str | None = None
-    label_column: str | None = None
+    columns: dict[str, str] | None = None
+    label_names: dict[str, str] | None = None
+    unit_column: str | None = None
     shares_no_records_with: Texts | None = None
 
 

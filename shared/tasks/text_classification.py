@@ -1,83 +1,132 @@
-"""Text classification: one text a record, one of the declared labels.
+"""Text classification: a text or a pair of texts a record, and one of the declared labels, or any number of them."""
 
-A record is a JSON object with an id, a text and a label. Tokens are made once; a batch is padded to its
-records' own public bucket (a multiple of 16 tokens), never to its neighbours' length.
-"""
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
 
-from shared.run_config import Task
+from shared import metrics
+from shared.metrics import Counts, Score
+from shared.run_config import RunConfig
+from shared.tasks import register
+from shared.tasks.base import Batch, Column, Encoded, Measured, Task, Uniform, Width, bucket, mask, pad
 
-BUCKET = 16  # tokens
-NO_TOKENS = (0,)  # a text that gives no token still is one record, of one row
-
-
-def widest(task: Task) -> int:
-    """Length that the longest text of a task is padded to."""
-    return -(-task.max_length // BUCKET) * BUCKET
+NO_TOKENS = np.zeros(1, dtype=np.int32)  # a text that gives no token still is one record, of one token
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Tokenised records: token ids of each, and its label's number."""
+class Classification(Task):
+    """One label a record, or any number: the losses and scores that texts, images and sounds have in common."""
 
-    tokens: tuple[tuple[int, ...], ...]
-    labels: tuple[int, ...]
+    features = True
+    label: ClassVar[str] = "label"
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        self.numbers = {label: number for number, label in enumerate(self.settings.labels)}
 
-    def bucket(self, index: int) -> int:
-        """Length that a record is padded to, a function of the record alone."""
-        return -(-len(self.tokens[index]) // BUCKET) * BUCKET
+    @property
+    def labels(self) -> int:
+        """How many there are."""
+        return len(self.settings.labels)
+
+    def target(self, values: Mapping[str, Any]) -> Encoded:
+        """Return {"labels"}: the label's number, or under `task.multi_label` 0 or 1 for each label."""
+        given = values[self.label]
+        if self.settings.multi_label:
+            held = np.zeros(self.labels, dtype=np.float32)
+            held[[self.numbers[label] for label in given]] = 1
+            return {"labels": held}
+        return {"labels": np.asarray(self.numbers[given])}
+
+    def targets(self, records: Sequence[Encoded]) -> Batch:
+        """Return {"labels"}: (B,), or (B, labels) of 0 and 1."""
+        return {"labels": torch.from_numpy(np.stack([record["labels"] for record in records]))}
+
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy; under `task.multi_label` the mean over labels of each one's own."""
+        labels = batch["labels"]
+        if self.settings.multi_label:
+            each = nn.functional.binary_cross_entropy_with_logits(outputs.double(), labels.double(), reduction="none")
+            return each.mean(1)
+        return nn.functional.cross_entropy(outputs.double(), labels, reduction="none")
+
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """(labels, labels, bins): true, predicted, confidence; or (labels, 2, bins): label, whether true, score."""
+        return (self.labels, 2 if self.settings.multi_label else self.labels, self.bins)
+
+    @property
+    def sensitivity(self) -> float:
+        """A record adds 1 to one cell, or to one of each label."""
+        return math.sqrt(self.labels) if self.settings.multi_label else 1.0
+
+    def measure(self, outputs: Tensor, batch: Batch) -> Measured:
+        """Place each record by its label, the prediction and its probability."""
+        labels = batch["labels"].cpu().numpy()
+        if self.settings.multi_label:
+            found = metrics.label_cells(outputs.double().sigmoid().cpu().numpy(), labels.astype(int), self.cells)
+        else:
+            found = metrics.cells(outputs.double().softmax(1).cpu().numpy(), labels, self.cells)[:, None]
+        return Measured(found, np.ones(found.shape))
+
+    def scores(self, counts: Counts, noise: float) -> list[Score]:
+        """Scores of a classifier."""
+        return (metrics.label_scores if self.settings.multi_label else metrics.scores)(counts, noise)
+
+    def unlikely(self, outputs: Tensor, batch: Batch) -> dict[str, npt.NDArray[Any]]:  # noqa: ARG002 - as the base's
+        """The label of the lowest score; of many labels, those of low scores."""
+        if self.settings.multi_label:
+            return {"labels": (outputs < 0).float().cpu().numpy()}
+        return {"labels": outputs.argmin(1).cpu().numpy()}
+
+    def no_target(self) -> Encoded:
+        """A made-up record's labels, before `unlikely` gives others."""
+        return {"labels": np.zeros(self.labels, dtype=np.float32) if self.settings.multi_label else np.asarray(0)}
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Records side by side: `input_ids` and `attention_mask` (B, T), `labels` (B,)."""
+@register
+class TextClassification(Classification):
+    """Texts, or pairs of them."""
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
+    name = "text-classification"
+    columns: ClassVar = {"text": Column("text"), "pair": Column("text", needed=False), "label": Column("label")}
+    auto = "AutoModelForSequenceClassification"
 
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        self.model: Literal["pooled", "native"] = config.model.head
 
-def tokenise(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], labels: Sequence[int], max_length: int
-) -> Examples:
-    """Tokenise texts, cut at `max_length` tokens."""
-    if not texts:
-        return Examples((), ())
-    tokens = tokenizer(list(texts), truncation=True, max_length=max_length, add_special_tokens=True)["input_ids"]
-    return Examples(tuple(tuple(ids) or NO_TOKENS for ids in tokens), tuple(labels))
+    def encode(self, values: Mapping[str, Any], processor: Any) -> Encoded:
+        """Token ids, cut at `task.max_length`, and for pairs which of the two a token is of."""
+        made = processor(values["text"], values.get("pair"), truncation=True, max_length=self.settings.max_length)
+        ids = np.asarray(made["input_ids"], dtype=np.int32)
+        return {"input_ids": ids if len(ids) else NO_TOKENS, **self.target(values)}
 
+    def stand_in(self, values: Mapping[str, Any]) -> Encoded:
+        """One token."""
+        return {"input_ids": NO_TOKENS, **self.target(values)}
 
-def collate(examples: Examples, indices: Sequence[int], device: torch.device, length: int | None = None) -> Batch:
-    """Put records of one bucket side by side; `length` pads further (the probe does)."""
-    width = length or max(examples.bucket(index) for index in indices)
-    ids = torch.zeros((len(indices), width), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, index in enumerate(indices):
-        tokens = examples.tokens[index]
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-    labels = torch.tensor([examples.labels[index] for index in indices])
-    return Batch(ids.to(device), mask.to(device), labels.to(device))
+    def width(self, encoded: Encoded) -> Width:
+        """Next multiple of 16 tokens."""
+        return (bucket(len(encoded["input_ids"])),)
 
+    def collate(self, records: Sequence[Encoded], width: Width, processor: Any) -> Batch:  # noqa: ARG002 - as the base's
+        """Pad ids (B, T) on the right, with a mask."""
+        ids = [record["input_ids"] for record in records]
+        return {"input_ids": pad(ids, *width).long(), "attention_mask": mask(ids, *width), **self.targets(records)}
 
-def batches(examples: Examples, indices: Sequence[int], micro_batch: int) -> Iterator[list[int]]:
-    """Yield groups of at most `micro_batch` indices that share a bucket, the shortest first.
+    def made_up(self, length: int, uniform: Uniform, processor: Any) -> Encoded:
+        """Tokens from the whole vocabulary."""
+        return {"input_ids": (uniform(length) * len(processor)).astype(np.int32), **self.no_target()}
 
-    Long records go in smaller groups, so that a group never holds more than `micro_batch` x 64 tokens.
-    """
-    buckets: dict[int, list[int]] = {}
-    for index in indices:
-        buckets.setdefault(examples.bucket(index), []).append(index)
-    for width, members in sorted(buckets.items()):
-        rows = max(1, min(micro_batch, micro_batch * 64 // width))
-        for start in range(0, len(members), rows):
-            yield members[start : start + rows]
+    def widest(self, processor: Any) -> Encoded:
+        """A text as long as can be, of the highest token."""
+        highest = max(processor.get_vocab().values(), default=0)
+        return {
+            "input_ids": np.full(bucket(self.settings.max_length), highest, dtype=np.int32),
+            **self.no_target(),
+        }

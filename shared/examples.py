@@ -1,0 +1,140 @@
+"""A data set ready for a network: the arrays that are kept of its records, end to end, in memory or on a disk.
+
+A unit of privacy has one row or several: one for a record, one a record for a person. Rows of a unit lie together;
+sampling and scores go by units.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shared.tasks.base import Batch, Encoded, Task, Width
+
+TOKENS = 64  # a micro-batch holds at most so many times its number of rows
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Arrays of one field: row i is `values[starts[i] : starts[i + 1]]`, or `values[i]` where every row is one value."""
+
+    values: npt.NDArray[Any]
+    starts: npt.NDArray[np.int64] | None
+
+    def __getitem__(self, row: int) -> npt.NDArray[Any]:
+        """Return one row's array."""
+        if self.starts is None:
+            return np.asarray(self.values[row])
+        return np.asarray(self.values[self.starts[row] : self.starts[row + 1]])
+
+    @classmethod
+    def of(cls, arrays: Sequence[npt.NDArray[Any]]) -> "Ragged":
+        """Lay arrays end to end; all have the same dimensions but for the first."""
+        if arrays[0].ndim == 0:
+            return cls(np.stack(arrays), None)
+        lengths = np.fromiter((len(array) for array in arrays), dtype=np.int64, count=len(arrays))
+        return cls(np.concatenate(arrays), np.concatenate([[0], np.cumsum(lengths)]))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Encoded records of a task: fields, and where each unit's rows begin, (units + 1,)."""
+
+    task: Task
+    processor: Any
+    fields: dict[str, Ragged]
+    units: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """How many units there are."""
+        return len(self.units) - 1
+
+    @property
+    def rows(self) -> int:
+        """How many records there are."""
+        return int(self.units[-1])
+
+    def row(self, number: int) -> Encoded:
+        """Return what is kept of one record."""
+        return {name: field[number] for name, field in self.fields.items()}
+
+    def rows_of(self, unit: int) -> range:
+        """Rows of a unit."""
+        return range(int(self.units[unit]), int(self.units[unit + 1]))
+
+    @classmethod
+    def of(cls, task: Task, processor: Any, units: Sequence[Sequence[Encoded]]) -> "Examples":
+        """Keep encoded records, unit by unit."""
+        starts = np.concatenate([[0], np.cumsum([len(unit) for unit in units], dtype=np.int64)]).astype(np.int64)
+        records = [record for unit in units for record in unit]
+        names = list(records[0]) if records else []
+        return cls(task, processor, {name: Ragged.of([record[name] for record in records]) for name in names}, starts)
+
+    @classmethod
+    def single(cls, task: Task, processor: Any, records: Sequence[Encoded]) -> "Examples":
+        """Keep encoded records, each a unit of its own."""
+        return cls.of(task, processor, [[record] for record in records])
+
+    def first(self, units: int) -> "Examples":
+        """Return the first units alone."""
+        return Examples(self.task, self.processor, self.fields, self.units[: units + 1])
+
+    def save(self, folder: Path) -> None:
+        """Write the arrays to an empty folder."""
+        np.save(folder / "units.npy", self.units)
+        for name, field in self.fields.items():
+            np.save(folder / f"{name}.values.npy", field.values)
+            if field.starts is not None:
+                np.save(folder / f"{name}.starts.npy", field.starts)
+
+    @classmethod
+    def open(cls, task: Task, processor: Any, folder: Path) -> "Examples":
+        """Map a folder's arrays into memory: they are read where they are needed."""
+        fields = {}
+        for file in sorted(folder.glob("*.values.npy")):
+            name = file.name.removesuffix(".values.npy")
+            starts = folder / f"{name}.starts.npy"
+            held = np.load(starts, allow_pickle=False) if starts.exists() else None
+            fields[name] = Ragged(np.load(file, mmap_mode="r", allow_pickle=False), held)
+        return cls(task, processor, fields, np.load(folder / "units.npy", allow_pickle=False))
+
+
+Unit = Sequence[int]  # rows of a unit that act together
+
+
+def width(examples: Examples, unit: Unit) -> Width:
+    """What a unit's rows are padded to: the widest of its own, and nobody else's."""
+    return tuple(map(max, zip(*(examples.task.width(examples.row(row)) for row in unit), strict=True)))
+
+
+def collate(examples: Examples, units: Sequence[Unit], device: torch.device, padded: Width | None = None) -> Batch:
+    """Put units of as many rows each side by side: tensors (B, ...), or (B, rows, ...) where a unit has several.
+
+    `padded` pads further than the units' own width (the probe does).
+    """
+    rows = [examples.row(row) for unit in units for row in unit]
+    wide = (
+        padded if padded is not None else tuple(map(max, zip(*(width(examples, unit) for unit in units), strict=True)))
+    )
+    batch = {name: value.to(device) for name, value in examples.task.collate(rows, wide, examples.processor).items()}
+    each = len(units[0]) if units else 1
+    return batch if each == 1 else {name: value.reshape(-1, each, *value.shape[1:]) for name, value in batch.items()}
+
+
+def batches(examples: Examples, units: Sequence[Unit], micro_batch: int) -> Iterator[list[int]]:
+    """Yield places in `units` in groups of one width and number of rows, the smallest first; at most `micro_batch` rows.
+
+    Wide units go in smaller groups, so that a group never holds more than `micro_batch` x 64 tokens.
+    """
+    groups: dict[tuple[Width, int], list[int]] = {}
+    for place, unit in enumerate(units):
+        groups.setdefault((width(examples, unit), len(unit)), []).append(place)
+    for (wide, rows), members in sorted(groups.items()):
+        most = micro_batch if not wide else min(micro_batch, micro_batch * TOKENS // sum(wide))
+        step = max(1, most // rows)
+        for start in range(0, len(members), step):
+            yield members[start : start + step]

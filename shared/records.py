@@ -1,0 +1,209 @@
+"""Records as they lie in a file: read, each checked against what is declared of it, with the row in every error.
+
+A task names the columns that it needs (`shared.tasks`); a site maps them to those of its own file. What a column may hold
+is its kind. Nothing of a record is in what leaves a site; these errors stay where the file is.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.errors import DataError
+
+if TYPE_CHECKING:
+    from shared.tasks.base import Kind, Task
+
+ID = "id"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a file's columns are called, and which values of its labels are which declared ones.
+
+    `columns` maps roles, and `id`, to names in the file; a role that is not in it is called what it is. `label_names` maps
+    the file's labels to declared ones. `unit` is the column that names the person; None: every record is a unit.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    label_names: Mapping[str, str] = field(default_factory=dict)
+    unit: str | None = None
+
+    def column(self, role: str) -> str:
+        """Name in the file."""
+        return self.columns.get(role, role)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record: its id, whose it is (its own id, where every record is a unit), and a value for each role."""
+
+    id: str
+    unit: str
+    values: Mapping[str, Any]
+
+
+def read(
+    path: Path,
+    task: "Task",
+    layout: Layout = Layout(),
+    *,
+    labels: Collection[str] | None = None,
+    identified: bool = True,
+) -> list[Record]:
+    """Read the records of a file.
+
+    Parameters
+    ----------
+    labels
+        Those that a record may have; by default all of the task's.
+    identified
+        Whether records have ids, each another one; else the row's number is the id.
+
+    Raises
+    ------
+    DataError
+        Naming the row: a missing column, an empty text, an undeclared label, an id twice.
+    """
+    check = _Check(task, layout, frozenset(task.settings.labels if labels is None else labels), identified)
+    records: list[Record] = []
+    seen: set[str] = set()
+    for number, row in enumerate(rows(path), 1):
+        where = f"{path}, row {number}"
+        record = check.record(row, number, where)
+        if record.id in seen:
+            raise DataError(f"{where}: id {record.id!r} stands twice; a record is one row.")
+        seen.add(record.id)
+        records.append(record)
+    if not records:
+        raise DataError(f"{path} holds no records.")
+    return records
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield a file's rows as they are."""
+    try:
+        with path.open(encoding="utf-8") as lines:  # and not splitlines(): a text may hold U+2028
+            for number, line in enumerate(lines, 1):
+                yield _object(line, f"{path}, row {number}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from None
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: not a JSON object.")
+    return row
+
+
+class Fault(ValueError):
+    """What is wrong with a value, as the end of a sentence that begins with its column."""
+
+
+@dataclass(frozen=True)
+class _Check:
+    task: "Task"
+    layout: Layout
+    labels: frozenset[str]
+    identified: bool
+
+    def record(self, row: Mapping[str, Any], number: int, where: str) -> Record:
+        values: dict[str, Any] = {}
+        for role, column in self.task.columns.items():
+            name = self.layout.column(role)
+            if name not in row and not column.needed and role not in self.layout.columns:
+                continue
+            values[role] = self._value(_of(row, name, where), column.kind, name, where)
+        fault = self.task.fault(values)
+        if fault is not None:
+            raise DataError(f"{where}: {fault}.")
+        own = _name(_of(row, self.layout.column(ID), where), self.layout.column(ID), where) if self.identified else ""
+        own = own or str(number)
+        unit = own if self.layout.unit is None else _name(_of(row, self.layout.unit, where), self.layout.unit, where)
+        return Record(own, unit, values)
+
+    def _value(self, value: Any, kind: "Kind", name: str, where: str) -> Any:
+        if kind == "label" and self.task.settings.multi_label:
+            kind = "labels"
+        try:
+            return KINDS[kind](value, self)
+        except Fault as fault:
+            raise DataError(f"{where}: {name!r} {fault}.") from None
+
+    def label(self, value: Any) -> str:
+        label = self.layout.label_names.get(str(value), str(value))
+        if label not in self.labels:
+            declared = [known for known in self.task.settings.labels if known in self.labels]
+            raise Fault(f"holds the label {label!r}, which is not one of the declared {declared}")
+        return label
+
+
+def _of(row: Mapping[str, Any], name: str, where: str) -> Any:
+    if name not in row:
+        raise DataError(f"{where}: column {name!r} is missing; name the columns in site.toml, [dataset.columns].")
+    return row[name]
+
+
+def _name(value: Any, name: str, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(f"{where}: {name!r} is neither text nor a whole number.")
+    if not str(value).strip():
+        raise DataError(f"{where}: {name!r} is empty.")
+    if not _encodes(str(value)):
+        raise DataError(f"{where}: {name!r} holds half of a surrogate pair, which is no text.")
+    return str(value)
+
+
+def _text(value: Any, _: _Check) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise Fault("is empty, or no text")
+    if not _encodes(value):
+        raise Fault("holds half of a surrogate pair, which is no text")
+    return value
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _label(value: Any, check: _Check) -> str:
+    return check.label(value)
+
+
+def _labels(value: Any, check: _Check) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise Fault("is no list of labels")
+    found = tuple(check.label(item) for item in value)
+    if len(set(found)) != len(found):
+        raise Fault("names a label twice")
+    return found
+
+
+def _words(value: Any, check: _Check) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not value:
+        raise Fault("is no list of words")
+    return tuple(_text(item, check) for item in value)
+
+
+def _tags(value: Any, check: _Check) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise Fault("is no list of tags")
+    return tuple(check.label(item) for item in value)
+
+
+KINDS: dict[str, Callable[[Any, _Check], Any]] = {
+    "text": _text,
+    "label": _label,
+    "labels": _labels,
+    "words": _words,
+    "tags": _tags,
+}
