@@ -92,6 +92,10 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:
+        if len(self.labels) == 1:
+            raise ValueError(
+                f"task.labels={list(self.labels)} must have at least 2 items, or none where the task has no labels"
+            )
         if len(set(self.labels)) != len(self.labels):
             raise ValueError(f"task.labels={list(self.labels)} names a label twice; name each once")
         return self
