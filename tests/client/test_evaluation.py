@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import kept
 import numpy as np
 import pytest
 from hypothesis import given
@@ -45,7 +46,7 @@ def test_one_record_changes_the_counts_by_one_in_one_cell(records: list[tuple[li
 def test_without_noise_the_histogram_counts_the_validation_records_by_label(new_desk: Desks) -> None:
     desk = new_desk(**OPEN)
     counts = desk.evaluate().histogram["counts"]
-    labels = desk.resident.parts(desk.site, desk.config).validation.labels
+    labels = kept.labels(desk.resident.parts(desk.site, desk.config).validation)
     assert counts.shape == (2, 2, 10)
     assert counts.sum((1, 2)).tolist() == [labels.count(0), labels.count(1)]
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from kept import tokens
 
 from shared.run_config import RunConfig
 
@@ -39,7 +40,7 @@ def test_a_file_that_changes_is_read_again_though_its_length_is_the_same(new_des
     for row in rows:
         row["text"] = "the film was really grim"
     desk.write(rows)
-    assert desk.resident.parts(desk.site, desk.config).train.tokens != texts.train.tokens
+    assert tokens(desk.resident.parts(desk.site, desk.config).train) != tokens(texts.train)
     assert not torch.equal(kept(desk), features)
     assert torch.equal(kept(desk)[0], kept(desk)[1])
 
@@ -68,8 +69,8 @@ def test_another_model_or_task_drops_what_was_kept(desk: Any, new_config: Callab
     assert desk.model is first
     desk.config = new_config(task={"max_length": 16})
     assert desk.model is not first
-    assert max(len(tokens) for tokens in desk.resident.parts(desk.site, desk.config).train.tokens) == 16
-    assert max(len(tokens) for tokens in parts.train.tokens) > 16
+    assert max(map(len, tokens(desk.resident.parts(desk.site, desk.config).train))) == 16
+    assert max(map(len, tokens(parts.train))) > 16
 
 
 def kept(desk: Any, arrays: Any = None) -> torch.Tensor:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import kept
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -152,10 +153,10 @@ def test_without_noise_the_update_is_the_clipped_sum_over_the_declared_batch(new
     examples = desk.resident.parts(desk.site, desk.config).train
     total = {"head.weight": np.zeros((2, 32)), "head.bias": np.zeros(2)}
     norms = []
-    for tokens, label in zip(examples.tokens, examples.labels, strict=True):
+    for tokens, label in zip(kept.tokens(examples), kept.labels(examples), strict=True):
         ids = torch.tensor([tokens])
         with torch.no_grad():
-            feature = model.module.features(ids, torch.ones_like(ids))
+            feature = model.module.features(input_ids=ids, attention_mask=torch.ones_like(ids))
             gap = model.module.head(feature).softmax(1)[0].double().numpy() - np.eye(2)[label]
         gradient = {"head.weight": np.outer(gap, feature[0].double().numpy()), "head.bias": gap}
         norms.append(np.sqrt(sum(np.square(part).sum() for part in gradient.values())))

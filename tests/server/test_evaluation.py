@@ -8,14 +8,10 @@ import torch
 from sklearn import metrics as sk
 
 from server import evaluation
-from server.evaluation import read
-from shared import models
+from shared import models, records
 from shared.errors import DataError
-from shared.run_config import Task
-from shared.tasks.text_classification import collate, tokenise
+from shared.examples import Examples, collate
 from simulations import scenario
-
-TASK = Task(labels=("negative", "positive"))
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +26,14 @@ def model(config):
     return models.load(config)
 
 
-def expected(model, config, texts, labels):
+def expected(model, config, test):
     """Score one text at a time, without buckets, caches or histograms."""
-    logits = []
-    for text in texts:
-        examples = tokenise(model.tokenizer, [text], [0], config.task.max_length)
-        batch = collate(examples, [0], torch.device("cpu"))
+    logits, labels = [], [config.task.labels.index(record.values["label"]) for record in test]
+    for text in (record.values["text"] for record in test):
+        encoded = model.task.encode({"text": text, "label": config.task.labels[0]}, model.processor)
+        examples = Examples.single(model.task, model.processor, [encoded])
         with torch.no_grad():
-            logits.append(model.module(batch.input_ids, batch.attention_mask)[0])
+            logits.append(model.outputs(collate(examples, [(0,)], torch.device("cpu")))[0])
     stacked = torch.stack(logits)
     chances = stacked.softmax(1)[:, 1].numpy()
     return {
@@ -51,8 +47,8 @@ def expected(model, config, texts, labels):
 
 def test_scores_are_those_of_one_record_at_a_time_after_every_change_of_the_arrays(tiny_scenario, config, model):
     file = tiny_scenario.parent / "test.jsonl"
-    texts, labels = read(file, config.task)
-    assert len(texts) == 40
+    test = records.read(file, model.task, identified=False)
+    assert len(test) == 40
     test_set = evaluation.TestSet(file, config, model)
     random = np.random.default_rng(0)
     trained = model.arrays()
@@ -66,34 +62,34 @@ def test_scores_are_those_of_one_record_at_a_time_after_every_change_of_the_arra
             scored = test_set.score(trained, whole=whole)
             assert {(m.scope, m.site, m.low, m.high) for m in scored} == {("test", None, None, None)}
             found = {m.name: m.value for m in scored}
-            for name, value in expected(model, config, texts[:held], labels[:held]).items():
+            for name, value in expected(model, config, test[:held]).items():
                 assert found[name] == pytest.approx(value, abs=0.05 if name == "auc" else 1e-5), name
 
 
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ("{", "row 2: not a JSON object with a text and a label"),
-        ("[1]", "row 2: not a JSON object with a text and a label"),
-        ('{"text": "x"}', "row 2: not a JSON object with a text and a label"),
-        ('{"text": 3, "label": "positive"}', "row 2: not a JSON object with a text and a label"),
-        ('{"text": "x", "label": "neutral"}', "row 2: label 'neutral' is not one of the declared"),
+        ("{", "row 2: not a JSON object"),
+        ("[1]", "row 2: not a JSON object"),
+        ('{"text": "x"}', "row 2: column 'label' is missing"),
+        ('{"text": 3, "label": "positive"}', "row 2: 'text' is empty, or no text"),
+        ('{"text": "x", "label": "neutral"}', "row 2: .*'neutral', which is not one of the declared"),
     ],
 )
-def test_a_row_that_is_no_test_record_is_named(tmp_path, row, said):
+def test_a_row_that_is_no_test_record_is_named(tmp_path, config, model, row, said):
     file = tmp_path / "test.jsonl"
     file.write_text(json.dumps({"text": "x", "label": "positive"}) + "\n" + row + "\n")
     with pytest.raises(DataError, match=said) as error:
-        read(file, TASK)
+        evaluation.TestSet(file, config, model)
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_an_empty_and_a_binary_file_are_named(tmp_path):
+def test_a_missing_an_empty_and_a_binary_file_are_named(tmp_path, config, model):
     with pytest.raises(DataError, match="cannot be read"):
-        read(tmp_path / "none.jsonl", TASK)
+        evaluation.TestSet(tmp_path / "none.jsonl", config, model)
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DataError, match="holds no records"):
-        read(tmp_path / "file", TASK)
+        evaluation.TestSet(tmp_path / "file", config, model)
     (tmp_path / "file").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="cannot be read"):
-        read(tmp_path / "file", TASK)
+        evaluation.TestSet(tmp_path / "file", config, model)

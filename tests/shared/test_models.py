@@ -78,7 +78,9 @@ def test_a_step_moves_every_trained_weight_and_no_other(load: Load, trainable: s
     model = load(model={"trainable": trainable})
     before = {name: value.detach().clone() for name, value in model.module.named_parameters()}
     ids = torch.randint(5, 29, (8, 12), generator=torch.Generator().manual_seed(0))
-    loss = nn.functional.cross_entropy(model.module(ids, torch.ones_like(ids)), torch.arange(8) % 2)
+    loss = nn.functional.cross_entropy(
+        model.module(input_ids=ids, attention_mask=torch.ones_like(ids)), torch.arange(8) % 2
+    )
     loss.backward()
     torch.optim.SGD([p for p in model.module.parameters() if p.requires_grad], lr=1.0).step()
     moved = {name for name, value in model.module.named_parameters() if not torch.equal(value, before[name])}
@@ -146,9 +148,9 @@ def test_dropout_is_off_and_the_model_in_train_mode(load: Load, copy: Path) -> N
     rates = {part.p for part in model.module.modules() if isinstance(part, nn.Dropout)}
     assert rates <= {0.0}
     ids = torch.arange(5, 17)[None]
-    first, second = (model.module(ids, torch.ones_like(ids)) for _ in range(2))
+    first, second = (model.module(input_ids=ids, attention_mask=torch.ones_like(ids)) for _ in range(2))
     assert torch.equal(first, second)
-    assert torch.equal(first, load().module(ids, torch.ones_like(ids)))
+    assert torch.equal(first, load().module(input_ids=ids, attention_mask=torch.ones_like(ids)))
 
 
 def test_padding_changes_nothing(load: Load) -> None:
@@ -156,12 +158,16 @@ def test_padding_changes_nothing(load: Load) -> None:
     ids = torch.arange(5, 12)[None]
     padded = torch.cat([ids, torch.zeros((1, 9), dtype=torch.long)], dim=1)
     mask = (torch.arange(16) < 7).long()[None]
-    assert torch.allclose(module(ids, torch.ones_like(ids)), module(padded, mask), atol=1e-6)
+    assert torch.allclose(
+        module(input_ids=ids, attention_mask=torch.ones_like(ids)),
+        module(input_ids=padded, attention_mask=mask),
+        atol=1e-6,
+    )
 
 
 def test_the_feature_is_normalised_and_scaled(load: Load) -> None:
     ids = torch.arange(5, 17)[None]
-    feature = load(model={"feature_scale": 0.1}).module.features(ids, torch.ones_like(ids))
+    feature = load(model={"feature_scale": 0.1}).module.features(input_ids=ids, attention_mask=torch.ones_like(ids))
     assert float(feature.detach().norm()) == pytest.approx(0.1 * 32**0.5, rel=1e-3)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import kept
 import numpy as np
 import pytest
 import torch
@@ -20,8 +21,8 @@ from client.privacy.randomness import Keystream
 from client.training import EncoderPass
 from shared import models
 from shared.errors import ModelError, SensitivityError
+from shared.examples import Examples
 from shared.run_config import RunConfig
-from shared.tasks.text_classification import Examples
 
 TARGETS = {
     "bert": ["query", "value"],
@@ -36,10 +37,8 @@ Sums = dict[str, Tensor]
 def texts(count: int, seed: int = 0) -> Examples:
     """Return token sequences of 1 to 40 tokens, so that they fall into several buckets."""
     draw = np.random.default_rng(seed)
-    return Examples(
-        tuple(tuple(int(t) for t in draw.integers(2, 29, draw.integers(1, 41))) for _ in range(count)),
-        tuple(int(label) for label in draw.integers(0, 2, count)),
-    )
+    ids = [draw.integers(2, 29, draw.integers(1, 41)).tolist() for _ in range(count)]
+    return kept.of_tokens(ids, draw.integers(0, 2, count).tolist())
 
 
 def by_the_engine(
@@ -51,7 +50,9 @@ def by_the_engine(
     objective = EncoderPass(model, examples, config)
     with Gradients(objective.module, parameters, config.hardware.gradients) as gradients:
         total = ClippedSum(gradients, clipping)
-        most = [float(total.add(batch).max()) for batch in objective.groups(order, whole=False)]
+        most = [
+            float(total.add(batch).max()) for batch in objective.groups([(number,) for number in order], whole=False)
+        ]
     return total.sums(), max(most)
 
 
@@ -61,9 +62,11 @@ def by_the_loop(config: RunConfig, examples: Examples, clipping: Clipping) -> tu
     parameters = train_only(model.module, model.trainable)
     sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
     norms = []
-    for tokens, label in zip(examples.tokens, examples.labels, strict=True):
-        ids = torch.tensor([tokens])
-        loss = nn.functional.cross_entropy(model.module(ids, torch.ones_like(ids)), torch.tensor([label]))
+    for row, label in zip(kept.tokens(examples), kept.labels(examples), strict=True):
+        ids = torch.tensor([row])
+        loss = nn.functional.cross_entropy(
+            model.module(input_ids=ids, attention_mask=torch.ones_like(ids)), torch.tensor([label])
+        )
         found = [part.double() for part in torch.autograd.grad(loss, list(parameters.values()))]
         norms.append(math.sqrt(sum(float(part.square().sum()) for part in found)))
         if clipping.mode == "flat":
@@ -323,11 +326,11 @@ def test_the_model_is_as_before_once_the_engine_is_gone(config_of: Callable[...,
     model = models.load(config)
     parameters = train_only(model.module, model.trainable)
     ids = torch.tensor([[5, 6, 7]])
-    before = model.module(ids, torch.ones_like(ids))
+    before = model.module(input_ids=ids, attention_mask=torch.ones_like(ids))
     for method in ("hooks", "ghost", "one-pass"):
         with Gradients(model.module, parameters, method) as gradients, suppress(SensitivityError):
             ClippedSum(gradients, Clipping(1.0)).add(
-                Objective((ids,), lambda ids: model.module(ids, torch.ones_like(ids))[:, 0])
+                Objective((ids,), lambda ids: model.module(input_ids=ids, attention_mask=torch.ones_like(ids))[:, 0])
             )
     hooks = [
         part
@@ -335,7 +338,7 @@ def test_the_model_is_as_before_once_the_engine_is_gone(config_of: Callable[...,
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
     ]
     assert hooks == []
-    assert torch.equal(before, model.module(ids, torch.ones_like(ids)))
+    assert torch.equal(before, model.module(input_ids=ids, attention_mask=torch.ones_like(ids)))
     assert [name for name, _ in model.module.named_parameters()] == list(parameters)
     assert all(parameter.grad is None for parameter in parameters.values())
 
@@ -369,7 +372,9 @@ def test_a_rounded_sum_is_the_same_to_the_last_bit_whatever_the_micro_batch(
         objective = EncoderPass(model, examples, smaller)
         with Gradients(model.module, parameters) as gradients:
             total = RoundedSum(gradients, clipping, grid)
-            most = max(float(total.add(batch).max()) for batch in objective.groups(order, whole=True))
+            most = max(
+                float(total.add(batch).max()) for batch in objective.groups([(number,) for number in order], whole=True)
+            )
         assert most <= clipping.norm
         sums.append(torch.cat([value.flatten() for value in total.sums().values()]))
     exact = by_the_loop(config, examples, Clipping(clipping.norm / 1.001))[0]

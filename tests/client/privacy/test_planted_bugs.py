@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import kept
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -291,12 +292,12 @@ def agreements_of_clones(new_desk: Desks, name: str) -> tuple[int, int]:
     phase = {"rounds": 3, "sampling_rate": 0.5, "local_steps": 1}
     config = {"model": {"trainable": "full"}, "training": phase} | PLAIN
     desk = new_desk(name=name, config=config, site=NOT_PRIVATE, randomness=system)
-    words = [word for word in desk.model.tokenizer.get_vocab() if word.isalpha()]
+    words = [word for word in desk.model.processor.get_vocab() if word.isalpha()]
     desk.write([{"id": word, "text": word, "label": ("bad", "good")[k % 2]} for k, word in enumerate(words)])
     folder = desk.site.ledger.parent
     clone = shutil.copytree(folder, folder.parent / f"{name}-clone")
     twin = replace(desk, site=sites.load(clone / "site.toml"), resident=Resident())
-    rows = [tokens[1] for tokens in desk.resident.parts(desk.site, desk.config).train.tokens]
+    rows = [ids[1] for ids in kept.tokens(desk.resident.parts(desk.site, desk.config).train)]
     assert len(set(rows)) == len(rows) > 12
     start = desk.start()
     drawn = [

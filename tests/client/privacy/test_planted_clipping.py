@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import kept
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from client.privacy.engine import Booked, ClippedSum, Clipping, Gradients, Objec
 from client.privacy.randomness import Keystream
 from shared.accounting import Release, epsilon
 from shared.errors import SensitivityError
-from shared.tasks.text_classification import Examples
+from shared.examples import Examples
 
 Desks = Callable[..., Any]
 Planted = Callable[..., AbstractContextManager[None]]
@@ -236,8 +237,8 @@ def test_a_probe_on_private_records_is_caught(
 
     def of_the_site(self: training.EncoderPass, *asked: Any, **how: Any) -> Any:
         def own(_: Any, lengths: Sequence[int] = made_up.LENGTHS) -> Examples:
-            records = self._examples
-            return Examples(tuple(t[:n] for t, n in zip(records.tokens, lengths, strict=False)), records.labels)
+            records, own = kept.tokens(self._examples), kept.labels(self._examples)
+            return kept.of_tokens([ids[:n] for ids, n in zip(records, lengths, strict=False)], own[: len(lengths)])
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(made_up, "examples", own)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from kept import of_tokens, tokens
 from torch import Tensor, nn
 
 from client import made_up
@@ -14,9 +15,8 @@ from client.privacy.engine import Clipping, Gradients, Hooked, Objective, Opacus
 from client.training import EncoderPass
 from shared import models
 from shared.errors import EngineError, RefusedError, SensitivityError
-from shared.models import LoadedModel, TextClassifier
+from shared.models import LoadedModel, Pooled
 from shared.run_config import RunConfig
-from shared.tasks.text_classification import Examples
 
 
 def run(config: RunConfig, change: Callable[[LoadedModel], None] = lambda _: None) -> str:
@@ -24,7 +24,7 @@ def run(config: RunConfig, change: Callable[[LoadedModel], None] = lambda _: Non
     model = models.load(config)
     change(model)
     parameters = train_only(model.module, [n for n, _ in model.module.named_parameters() if n in model.trainable])
-    objective = EncoderPass(model, Examples((), ()), config)
+    objective = EncoderPass(model, of_tokens((), ()), config)
     with Gradients(objective.module, parameters, config.hardware.gradients) as gradients:
         probe.check(objective.module, gradients, *objective.made_up())
         return gradients.method
@@ -286,9 +286,9 @@ def test_made_up_records_without_any_gradient_prove_nothing_and_are_refused() ->
 def test_the_made_up_records_are_not_the_same_twice(lora: RunConfig) -> None:
     model = models.load(lora)
     first, second = (made_up.examples(model) for _ in range(2))
-    assert first.tokens != second.tokens
-    assert [len(tokens) for tokens in first.tokens] == list(made_up.LENGTHS)
-    assert max(max(tokens) for tokens in first.tokens) < len(model.tokenizer)
+    assert tokens(first) != tokens(second)
+    assert [len(ids) for ids in tokens(first)] == list(made_up.LENGTHS)
+    assert max(max(ids) for ids in tokens(first)) < len(model.processor)
 
 
 # -- a failing probe releases nothing ------------------------------------------------------------------------
@@ -300,13 +300,13 @@ def test_a_failing_probe_spends_nothing_and_releases_nothing(
 ) -> None:
     once = {"rounds": 1, "sampling_rate": 0.5}
     desk = new_desk(config={phase: once, "training": {"rounds": 1}})
-    right = TextClassifier.features
+    right = Pooled.features
 
-    def coupled(self: TextClassifier, ids: Tensor, mask: Tensor) -> Tensor:
+    def coupled(self: Pooled, ids: Tensor, mask: Tensor) -> Tensor:
         found = right(self, ids, mask)
         return found - 0.5 * found.mean(0)
 
-    monkeypatch.setattr(TextClassifier, "features", coupled)
+    monkeypatch.setattr(Pooled, "features", coupled)
     with pytest.raises(SensitivityError):
         desk.train()
     with pytest.raises(SensitivityError):
@@ -375,7 +375,7 @@ def test_a_fault_at_long_records_alone_is_found_by_the_full_probe(
 
 def test_no_later_probe_is_of_a_single_record(lora: RunConfig) -> None:
     model = models.load(lora)
-    objective = EncoderPass(model, Examples((), ()), lora)
+    objective = EncoderPass(model, of_tokens((), ()), lora)
     assert {len(objective.made_up(only_one_batch=True)[1]) for _ in range(40)} == {2, 3}
 
 
@@ -459,7 +459,7 @@ def test_a_model_that_keeps_state_between_batches_is_refused(lora: RunConfig) ->
 def test_arrays_under_which_float32_is_mostly_rounding_are_refused(lora: RunConfig) -> None:
     model = models.load(lora)
     parameters = train_only(model.module, model.trainable)
-    objective = EncoderPass(model, Examples((), ()), lora)
+    objective = EncoderPass(model, of_tokens((), ()), lora)
     with torch.no_grad():  # a multiple of one vector, which the next normalisation takes away again
         output = model.module.encoder.encoder.layer[0].output.dense
         output.weight.add_(3e7 * torch.ones(output.weight.shape[0], 1))
@@ -479,7 +479,7 @@ def test_a_model_that_is_sure_of_itself_is_not_taken_for_rounding(lora: RunConfi
     with torch.no_grad():
         model.module.head.weight.mul_(factor)
     parameters = train_only(model.module, model.trainable)
-    objective = EncoderPass(model, Examples((), ()), lora)
+    objective = EncoderPass(model, of_tokens((), ()), lora)
     with Gradients(model.module, parameters) as gradients:
         for _ in range(30):
             probe.agrees(gradients, *objective.made_up(only_one_batch=True))  # True or False, and no refusal
