@@ -82,6 +82,10 @@ class SensitivityError(RefusedError):
     """The probe found that a record could contribute more than the clipping norm."""
 
 
+class Fault(ValueError):
+    """What is wrong with a value of a record, as the end of a sentence that begins with its column."""
+
+
 def interrupted(error: BaseException | None) -> bool:
     """Whether an error is a person's interrupt, or what a library made of one that struck inside it."""
     while error is not None:

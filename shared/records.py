@@ -7,13 +7,16 @@ is its kind. Nothing of a record is in what leaves a site; these errors stay whe
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.errors import DataError
+from shared import record_kinds
+from shared.errors import DataError, Fault
+from shared.record_kinds import KINDS
 
 if TYPE_CHECKING:
-    from shared.tasks.base import Kind, Task
+    from shared.tasks.base import Task
 
 ID = "id"
 
@@ -66,7 +69,7 @@ def read(
     DataError
         Naming the row: a missing column, an empty text, an undeclared label, an id twice.
     """
-    check = _Check(task, layout, frozenset(task.settings.labels if labels is None else labels), identified)
+    check = _Check(task, layout, frozenset(task.settings.labels if labels is None else labels), identified, path.parent)
     records: list[Record] = []
     seen: set[str] = set()
     for number, row in enumerate(rows(path), 1):
@@ -101,16 +104,13 @@ def _object(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-class Fault(ValueError):
-    """What is wrong with a value, as the end of a sentence that begins with its column."""
-
-
 @dataclass(frozen=True)
 class _Check:
     task: "Task"
     layout: Layout
     labels: frozenset[str]
     identified: bool
+    folder: Path
 
     def record(self, row: Mapping[str, Any], number: int, where: str) -> Record:
         values: dict[str, Any] = {}
@@ -118,92 +118,27 @@ class _Check:
             name = self.layout.column(role)
             if name not in row and not column.needed and role not in self.layout.columns:
                 continue
-            values[role] = self._value(_of(row, name, where), column.kind, name, where)
+            kind = "labels" if column.kind == "label" and self.task.settings.multi_label else column.kind
+            values[role] = _value(row, name, where, partial(KINDS[kind], declared=self))
         fault = self.task.fault(values)
         if fault is not None:
             raise DataError(f"{where}: {fault}.")
-        own = _name(_of(row, self.layout.column(ID), where), self.layout.column(ID), where) if self.identified else ""
-        own = own or str(number)
-        unit = own if self.layout.unit is None else _name(_of(row, self.layout.unit, where), self.layout.unit, where)
+        own = _value(row, self.layout.column(ID), where, record_kinds.name) if self.identified else str(number)
+        unit = own if self.layout.unit is None else _value(row, self.layout.unit, where, record_kinds.name)
         return Record(own, unit, values)
 
-    def _value(self, value: Any, kind: "Kind", name: str, where: str) -> Any:
-        if kind == "label" and self.task.settings.multi_label:
-            kind = "labels"
-        try:
-            return KINDS[kind](value, self)
-        except Fault as fault:
-            raise DataError(f"{where}: {name!r} {fault}.") from None
-
-    def label(self, value: Any) -> str:
-        label = self.layout.label_names.get(str(value), str(value))
+    def label(self, value: str) -> str:
+        label = self.layout.label_names.get(value, value)
         if label not in self.labels:
             declared = [known for known in self.task.settings.labels if known in self.labels]
             raise Fault(f"holds the label {label!r}, which is not one of the declared {declared}")
         return label
 
 
-def _of(row: Mapping[str, Any], name: str, where: str) -> Any:
+def _value(row: Mapping[str, Any], name: str, where: str, read: Callable[[Any], Any]) -> Any:
     if name not in row:
         raise DataError(f"{where}: column {name!r} is missing; name the columns in site.toml, [dataset.columns].")
-    return row[name]
-
-
-def _name(value: Any, name: str, where: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError(f"{where}: {name!r} is neither text nor a whole number.")
-    if not str(value).strip():
-        raise DataError(f"{where}: {name!r} is empty.")
-    if not _encodes(str(value)):
-        raise DataError(f"{where}: {name!r} holds half of a surrogate pair, which is no text.")
-    return str(value)
-
-
-def _text(value: Any, _: _Check) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise Fault("is empty, or no text")
-    if not _encodes(value):
-        raise Fault("holds half of a surrogate pair, which is no text")
-    return value
-
-
-def _encodes(text: str) -> bool:
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _label(value: Any, check: _Check) -> str:
-    return check.label(value)
-
-
-def _labels(value: Any, check: _Check) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple):
-        raise Fault("is no list of labels")
-    found = tuple(check.label(item) for item in value)
-    if len(set(found)) != len(found):
-        raise Fault("names a label twice")
-    return found
-
-
-def _words(value: Any, check: _Check) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not value:
-        raise Fault("is no list of words")
-    return tuple(_text(item, check) for item in value)
-
-
-def _tags(value: Any, check: _Check) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple):
-        raise Fault("is no list of tags")
-    return tuple(check.label(item) for item in value)
-
-
-KINDS: dict[str, Callable[[Any, _Check], Any]] = {
-    "text": _text,
-    "label": _label,
-    "labels": _labels,
-    "words": _words,
-    "tags": _tags,
-}
+        return read(row[name])
+    except Fault as fault:
+        raise DataError(f"{where}: {name!r} {fault}.") from None

@@ -21,11 +21,15 @@ from shared.metrics import Counts, Score
 if TYPE_CHECKING:
     from shared.run_config import RunConfig
 
-Encoded = dict[str, npt.NDArray[Any]]  # what is kept of one record
+Encoded = dict[str, npt.NDArray[Any]]  # what is kept of one record, or of one chunk of it
+Chunks = list[Encoded]  # of one record: rows of the network that count as one, at least one
 Width = tuple[int, ...]  # what the padded axes of a record are padded to
 Batch = dict[str, Tensor]  # records side by side, (B, ...) each
 Uniform = Callable[[int], npt.NDArray[np.float64]]  # so many numbers in [0, 1)
 
+# What each gives is in `shared.record_kinds`: an image is a `shared.media.Image` (.open() gives a PIL image, RGB), audio a
+# `shared.media.Clip` (.samples(rate) gives float32 (T,), one channel), answers {"text": (..), "answer_start": (..)}, and
+# messages a tuple of {"role", "content"}.
 Kind = Literal["text", "label", "labels", "words", "tags", "answers", "image", "audio", "messages"]
 BUCKET = 16  # tokens
 
@@ -109,8 +113,12 @@ class Task(ABC):
         return None
 
     @abstractmethod
-    def encode(self, values: Mapping[str, Any], processor: Any) -> Encoded:
-        """Make what is kept of one record: arrays, of which the first axis may differ from record to record."""
+    def encode(self, values: Mapping[str, Any], processor: Any) -> Encoded | Chunks:
+        """Make what is kept of one record: arrays, of which the first axis may differ from record to record.
+
+        A long record may be cut in chunks, each a row for the network (not where features are kept). Its loss is their
+        mean; `measure` gets all of a record's chunks together, in order, and gives it one vector.
+        """
 
     @abstractmethod
     def stand_in(self, values: Mapping[str, Any]) -> Encoded:
@@ -149,7 +157,7 @@ class Task(ABC):
 
     @abstractmethod
     def measure(self, outputs: Any, batch: Batch) -> Measured:
-        """Place records in the counts."""
+        """Place records in the counts, each once."""
 
     @abstractmethod
     def scores(self, counts: Counts, noise: float) -> list[Score]:
