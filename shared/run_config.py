@@ -30,6 +30,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Gradients = Literal["auto", "hooks", "ghost", "one-pass"]
+PrivacyUnit = Literal["record", "person"]  # who the promise is made to
 T = TypeVar("T", bound=BaseModel)
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"  # of a site, and of its dataset
 
@@ -137,8 +138,15 @@ class Phase(Section):
 
 
 class Privacy(Section):
-    """The promise to each record of each site: (epsilon, delta) over the whole run; inf is no promise."""
+    """The promise to each unit of each site: (epsilon, delta) over the whole run; inf is no promise.
 
+    `unit` is who it is made to: a record, or a person with all their records; a site refuses a run of another unit than its
+    data set's. Of a person, a training step takes at most `records_per_person` records, drawn anew by the site from that
+    person's alone: they share one clipping norm.
+    """
+
+    unit: PrivacyUnit = "record"
+    records_per_person: int | None = Field(None, ge=1, le=64)
     epsilon: float = Field(8.0, gt=0)  # "inf" in JSON, which has no number for it
     delta: float = Field(1e-5, gt=0, lt=1)
     clipping: Literal["flat", "normalise"] = "flat"
@@ -156,6 +164,25 @@ class Privacy(Section):
     @field_serializer("epsilon", when_used="json")
     def _epsilon_as_json(self, value: float) -> float | str:
         return "inf" if math.isinf(value) else value
+
+    @model_validator(mode="after")
+    def _a_person_has_a_bound(self) -> Self:
+        if self.unit == "person" and self.records_per_person is None:
+            raise ValueError(
+                "privacy.unit='person' needs privacy.records_per_person, the most records of one person that a step takes; set it "
+                "to 4, say"
+            )
+        if self.unit == "record" and self.records_per_person is not None:
+            raise ValueError(
+                f"privacy.records_per_person={self.records_per_person} bounds persons' records, and privacy.unit is 'record'; "
+                "set it to 'person', or leave the bound out"
+            )
+        return self
+
+    @property
+    def records_per_unit(self) -> int:
+        """The most records of one unit that a training step takes."""
+        return self.records_per_person or 1
 
     @property
     def private(self) -> bool:
@@ -243,6 +270,16 @@ class RunConfig(Section):
             raise ValueError(
                 "privacy.noise='discrete' rounds the gradients of single records, which hardware.gradients='ghost' does "
                 "not have; set it to 'auto'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_person_has_one_gradient(self) -> Self:
+        if self.privacy.records_per_unit > 1 and self.hardware.gradients in ("hooks", "ghost"):
+            raise ValueError(
+                f"hardware.gradients={self.hardware.gradients!r} has gradients of single records, and "
+                f"privacy.records_per_person={self.privacy.records_per_person} needs a person's as one; set it to 'auto', or "
+                "privacy.records_per_person to 1"
             )
         return self
 
