@@ -7,7 +7,7 @@ import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import tomli_w
 from pydantic import Field, PrivateAttr, model_validator
@@ -16,7 +16,7 @@ from client.privacy.policy import Policy
 from shared.errors import ConfigError, DataError, RefusedError
 from shared.plan import DatasetCard
 from shared.records import Layout
-from shared.run_config import NAME_PATTERN, Section, parse, read_toml
+from shared.run_config import NAME_PATTERN, PrivacyUnit, Section, parse, read_toml
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
@@ -25,18 +25,19 @@ class Dataset(Section):
     """Where the records are, and what the site declares of them.
 
     `id` names the data set for its whole life: its privacy budget is kept under it. `records` is the
-    rounded size, public, from which rates and divisors follow. `labels` are all that a record can have: they
+    rounded size, public, from which rates and divisors follow; with `unit_column` it is `persons` instead. `labels` are all that a record can have: they
     are declared here because a coordinator that could try labels would learn which ones the file holds.
     `columns` maps what a task reads (`text`, `label`, and `id`) to columns of the file, where they are called otherwise, and
     `label_names` the file's labels to declared ones. `unit_column` is the column that says whose a record is: the unit of
-    privacy is then the person, for the dataset's life, and `records` counts persons.
+    privacy is then the person, for the dataset's life, and `persons`, how many there are, stands in the place of `records`.
     `shares_no_records_with` names data sets with accounts in the same ledger, of which the site gives its word
     that no record of theirs is in this one: a record in two accounts would have two budgets.
     """
 
     id: Name
     path: Path = Field(strict=False)  # JSON lines: one object a record
-    records: int = Field(ge=10)
+    records: int | None = Field(None, ge=10)
+    persons: int | None = Field(None, ge=10)
     validation: float = Field(0.1, ge=0.01, le=0.5)
     labels: tuple[str, ...] = Field((), strict=False)
     columns: dict[str, str] = Field(default_factory=dict)
@@ -52,13 +53,38 @@ class Dataset(Section):
                 raise ValueError(f"{role}_column is now written as columns.{role}, in the table [dataset.columns]")
         return values
 
+    @model_validator(mode="after")
+    def _its_size_is_in_units(self) -> Self:
+        if self.unit_column is None and self.persons is not None:
+            raise ValueError(
+                f"dataset.persons={self.persons} counts persons, and no unit_column names them; declare the number of records"
+            )
+        if self.unit_column is not None and self.records is not None:
+            raise ValueError(
+                f"dataset.records={self.records} counts records, and unit_column={self.unit_column!r} makes the person the unit of "
+                "privacy; declare how many persons there are, rounded, as dataset.persons"
+            )
+        if self.records is None and self.persons is None:
+            raise ValueError(f"dataset.{'records' if self.unit_column is None else 'persons'} is missing")
+        return self
+
+    @property
+    def unit(self) -> PrivacyUnit:
+        """Who the promise is made to, for the dataset's life."""
+        return "record" if self.unit_column is None else "person"
+
+    @property
+    def units(self) -> int:
+        """The declared, rounded number of units."""
+        return self.records or self.persons or 0
+
     def layout(self) -> Layout:
         """How its file is to be read."""
         return Layout(self.columns, self.label_names, self.unit_column)
 
     def card(self) -> DatasetCard:
         """What the site declares."""
-        return DatasetCard(self.id, self.records, self.validation)
+        return DatasetCard(self.id, self.units, self.validation, self.unit)
 
 
 class Coordinator(Section):

@@ -12,7 +12,7 @@ from typing import Literal
 
 from shared.accounting import Mechanism, PlannedSteps, Release, calibrate
 from shared.errors import ConfigError
-from shared.run_config import Phase, RunConfig
+from shared.run_config import Phase, PrivacyUnit, RunConfig
 
 Part = Literal["train", "validation"]
 
@@ -21,16 +21,18 @@ Part = Literal["train", "validation"]
 class DatasetCard:
     """What a site declares of its dataset: all of it public.
 
-    `records` is the rounded size; `validation` the share of records that a keyed hash keeps for validation.
+    `records` is the rounded size, in units: of persons, where the `unit` of privacy is the person. `validation` is the
+    share of units that a keyed hash keeps for validation.
     """
 
     dataset: str
     records: int
     validation: float
+    unit: PrivacyUnit = "record"
 
     @property
     def train_records(self) -> int:
-        """The public number of training records, on which rates and divisors are based."""
+        """The public number of training units, on which rates and divisors are based."""
         return max(1, round(self.records * (1 - self.validation)))
 
 
@@ -42,7 +44,7 @@ class PhasePlan:
     noise_multiplier: float
     steps_per_round: int
     rounds: int
-    divisor: float  # expected records a step: the public divisor of the summed gradient
+    divisor: float  # expected units a step: the public divisor of the summed gradient
     mechanism: Mechanism = "gaussian"
 
     def round_release(self) -> Release:
@@ -73,16 +75,37 @@ class SitePlan:
 
 
 def sampling_rate(phase: Phase, name: str, card: DatasetCard) -> float:
-    """Return the rate at which a step draws each training record, or refuse a batch above the data."""
+    """Return the rate at which a step draws each training unit, or refuse a batch above the data."""
     if phase.sampling_rate is not None:
         return phase.sampling_rate
     batch = phase.batch_size or 0
     if batch > card.train_records:
         raise ConfigError(
-            f"{name}.batch_size={batch} is above the {card.train_records} training records that dataset "
+            f"{name}.batch_size={batch} is above the {card.train_records} training {card.unit}s that dataset "
             f"{card.dataset!r} declares; lower it to {card.train_records} or less."
         )
     return batch / card.train_records
+
+
+def check_unit(config: RunConfig, card: DatasetCard) -> None:
+    """Refuse a run whose promise is to another unit than the dataset's, which is one for its life.
+
+    Raises
+    ------
+    ConfigError
+        Naming both.
+    """
+    if config.privacy.unit == card.unit:
+        return
+    if card.unit == "person":
+        raise ConfigError(
+            f"privacy.unit={config.privacy.unit!r}, and dataset {card.dataset!r} has the person as its unit, for its whole life "
+            "(site.toml, [dataset] unit_column): set privacy.unit='person' and privacy.records_per_person."
+        )
+    raise ConfigError(
+        f"privacy.unit={config.privacy.unit!r}, and dataset {card.dataset!r} names no column that says whose a record is "
+        "(site.toml, [dataset] unit_column): set privacy.unit='record', or run it at sites that do."
+    )
 
 
 def make(config: RunConfig, card: DatasetCard) -> SitePlan:
@@ -91,14 +114,15 @@ def make(config: RunConfig, card: DatasetCard) -> SitePlan:
     Raises
     ------
     ConfigError
-        When delta is above 1/(10 x records), a batch is above the data, or the noise that epsilon needs is
+        When the card is of another unit than the run, delta is above 1/(10 x units), a batch is above the data, or the noise that epsilon needs is
         above `privacy.max_noise_multiplier`.
     """
     privacy = config.privacy
+    check_unit(config, card)
     if privacy.private and privacy.delta > 1 / (10 * card.records):
         raise ConfigError(
-            f"privacy.delta={privacy.delta:g} is above 1/(10 x records) = {1 / (10 * card.records):.2g} for dataset "
-            f"{card.dataset!r} of {card.records} records; lower privacy.delta."
+            f"privacy.delta={privacy.delta:g} is above 1/(10 x {card.unit}s) = {1 / (10 * card.records):.2g} for dataset "
+            f"{card.dataset!r} of {card.records} {card.unit}s; lower privacy.delta."
         )
     phases, mechanism = config.phases, privacy.mechanism
     rates = {name: sampling_rate(phase, name, card) for name, phase in phases.items()}
