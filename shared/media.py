@@ -7,7 +7,7 @@ the data's own folder: a path that leads out of it, by `..` or by a link, is ref
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ IMAGES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MOST_PIXELS = 80_000_000  # of an image: a small file may claim to be any size
 RATES = (1_000, 384_000)  # samples a second
 LONGEST = 3_600  # seconds of a clip
+UNKNOWN = 2**31 - 2**16  # what a wav file says of its size, or more, where it was written to a pipe
 BLOCK = 2**18  # samples that are looked at at once
 
 Samples = npt.NDArray[np.float32]
@@ -35,7 +36,7 @@ class Source:
     """Where encoded bytes lie: in a file, or here."""
 
     path: Path | None
-    held: bytes = b""
+    held: bytes = field(default=b"", repr=False)
 
     def read(self) -> bytes:
         """Return the bytes."""
@@ -127,7 +128,12 @@ def clip(value: Any, folder: Path) -> Clip:
     """
     source = _source(value, folder, "clip of sound")
     try:
-        with soundfile.SoundFile(io.BytesIO(source.read())) as opened:
+        held = source.read()
+        if held[:4] == b"RIFF" and len(held) - 8 < int.from_bytes(held[4:8], "little") < UNKNOWN:
+            raise Fault(
+                f"{_named(value)}is a clip that is cut off: it has {len(held)} bytes, and says that it has more"
+            )
+        with soundfile.SoundFile(io.BytesIO(held)) as opened:
             rate, seconds = opened.samplerate, opened.frames / opened.samplerate
             if not RATES[0] <= rate <= RATES[1]:
                 raise Fault(f"{_named(value)}has {rate} samples a second; it may have {RATES[0]} to {RATES[1]}")

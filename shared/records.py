@@ -4,14 +4,13 @@ A task names the columns that it needs (`shared.tasks`); a site maps them to tho
 is its kind. Nothing of a record is in what leaves a site; these errors stay where the file is.
 """
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared import record_kinds
+from shared import record_files, record_kinds
 from shared.errors import DataError, Fault
 from shared.record_kinds import KINDS
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from shared.tasks.base import Task
 
 ID = "id"
+SHOWN = 12  # columns, in an error
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,19 @@ def read(
     labels: Collection[str] | None = None,
     identified: bool = True,
 ) -> list[Record]:
-    """Read the records of a file.
+    """Read all records, as `each` does."""
+    return list(each(path, task, layout, labels=labels, identified=identified))
+
+
+def each(
+    path: Path,
+    task: "Task",
+    layout: Layout = Layout(),
+    *,
+    labels: Collection[str] | None = None,
+    identified: bool = True,
+) -> Iterator[Record]:
+    """Read the records of a file or a folder, one after another.
 
     Parameters
     ----------
@@ -69,39 +81,17 @@ def read(
     DataError
         Naming the row: a missing column, an empty text, an undeclared label, an id twice.
     """
-    check = _Check(task, layout, frozenset(task.settings.labels if labels is None else labels), identified, path.parent)
-    records: list[Record] = []
+    declared = frozenset(task.settings.labels if labels is None else labels)
+    check = _Check(task, layout, declared, identified, record_files.base(path))
     seen: set[str] = set()
-    for number, row in enumerate(rows(path), 1):
-        where = f"{path}, row {number}"
+    for number, (where, row) in enumerate(record_files.rows(path), 1):
         record = check.record(row, number, where)
         if record.id in seen:
             raise DataError(f"{where}: id {record.id!r} stands twice; a record is one row.")
         seen.add(record.id)
-        records.append(record)
-    if not records:
+        yield record
+    if not seen:
         raise DataError(f"{path} holds no records.")
-    return records
-
-
-def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield a file's rows as they are."""
-    try:
-        with path.open(encoding="utf-8") as lines:  # and not splitlines(): a text may hold U+2028
-            for number, line in enumerate(lines, 1):
-                yield _object(line, f"{path}, row {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}.") from None
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row: Any = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: not a JSON object.")
-    return row
 
 
 @dataclass(frozen=True)
@@ -137,7 +127,10 @@ class _Check:
 
 def _value(row: Mapping[str, Any], name: str, where: str, read: Callable[[Any], Any]) -> Any:
     if name not in row:
-        raise DataError(f"{where}: column {name!r} is missing; name the columns in site.toml, [dataset.columns].")
+        raise DataError(
+            f"{where}: column {name!r} is missing among {', '.join(map(repr, list(row)[:SHOWN]))}; name the columns in site.toml, "
+            "[dataset.columns]."
+        )
     try:
         return read(row[name])
     except Fault as fault:
