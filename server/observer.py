@@ -7,6 +7,7 @@ from typing import Protocol
 
 from server.history.records import Kind, Outcome, Round, Run
 from shared.messages import JoinReply
+from shared.score_names import telling, title
 
 log = logging.getLogger("moonflower.run")
 
@@ -105,9 +106,10 @@ class Several:
 
 
 def summary(done: Round) -> str:
-    """One line: test accuracy, F1, loss and the largest site's epsilon of its budget."""
+    """One line: two test scores, the loss and the largest site's epsilon of its budget."""
     test = {metric.name: metric.value for metric in done.metrics if metric.scope == "test"}
-    said = [f"{name} {test[name]:.4f}" for name in ("accuracy", "f1", "loss") if name in test]
+    shown = [*[name for name in telling(test) if name != "loss"][:2], *[name for name in test if name == "loss"]]
+    said = [f"{title(name)} {test[name]:.4f}" for name in shown]
     spends = [spend for spend in done.spends if spend.part == "train"]
     if spends:
         largest = max(spends, key=lambda spend: spend.epsilon)

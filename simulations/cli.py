@@ -14,6 +14,7 @@ from rich.table import Table
 
 from shared.errors import ConfigError
 from shared.paths import default_database, home
+from shared.score_names import telling, title
 
 if TYPE_CHECKING:
     from server.history.records import Round, Run
@@ -172,7 +173,7 @@ def _print_finished(run: "Run", history: "History", database: str, console: Cons
     for legend in (
         f"ε: spent of the run's budget, at δ = {delta:g}, by training and by validation records",
         "noise: standard deviation over the clipping norm, in the last phase",
-        "valid. accuracy: from a noised histogram, with the 95 % interval that the noise leaves",
+        f"valid. {title(_validated(last))}: from noised counts, with the 95 % interval that the noise leaves",
     ):
         console.print(legend, highlight=False, soft_wrap=True, style="dim")
     console.print(f"History: {masked(parse_url(database))}", highlight=False, soft_wrap=True)
@@ -188,18 +189,20 @@ def _print_finished(run: "Run", history: "History", database: str, console: Cons
 def _said(run: "Run", last: "Round") -> str:
     """One line: what the run came to, and whether it was private."""
     test = {metric.name: metric.value for metric in last.metrics if metric.scope == "test"}
-    scores = ", ".join(f"{name} {test[name]:.4f}" for name in ("accuracy", "f1", "auc", "loss") if name in test)
+    shown = [*[name for name in telling(test) if name != "loss"][:3], *[name for name in test if name == "loss"]]
+    scores = ", ".join(f"{title(name)} {test[name]:.4f}" for name in shown)
     promise = "" if run.private else "  [bold red]WITHOUT PRIVACY[/bold red]"
     return f"[bold]{run.id}[/bold], after {run.rounds_done} rounds: public test {scores or 'not scored'}{promise}"
 
 
 def _table(last: "Round") -> Table:
     table = Table()
-    for name in ("site", "noise", "ε train", "ε valid.", "valid. accuracy"):
+    first = _validated(last)
+    for name in ("site", "noise", "ε train", "ε valid.", f"valid. {title(first)}"):
         table.add_column(name, no_wrap=True)
     spends = {(spend.site, spend.part): spend for spend in last.spends}
     for site in sorted({spend.site for spend in last.spends}):
-        score = next((m for m in last.metrics if (m.scope, m.site, m.name) == ("validation", site, "accuracy")), None)
+        score = next((m for m in last.metrics if (m.scope, m.site, m.name) == ("validation", site, first)), None)
         trained, validated = spends.get((site, "train")), spends.get((site, "validation"))
         table.add_row(
             site,
@@ -211,6 +214,11 @@ def _table(last: "Round") -> Table:
             else f"{score.value:.3f}" + ("" if score.low is None else f" ({score.low:.2f} to {score.high:.2f})"),
         )
     return table
+
+
+def _validated(last: "Round") -> str:
+    """Name of the sites' most telling score."""
+    return next(iter(telling(metric.name for metric in last.metrics if metric.scope == "validation")), "accuracy")
 
 
 def _epsilon(spent: float, budget: float) -> str:

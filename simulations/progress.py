@@ -17,6 +17,7 @@ from rich.progress import (
 from rich.text import Text
 
 from server.listing import clean
+from shared.score_names import telling, title
 
 if TYPE_CHECKING:
     from server.history.records import Kind, Outcome, Round, Run
@@ -94,14 +95,11 @@ class Live:
 
 
 def line(done: Round) -> str:
-    """One round: test accuracy, F1, loss, epsilon spent of budget, seconds, bytes up and down."""
+    """One round: two test scores and the loss, epsilon spent of budget, seconds, bytes up and down."""
     test = {metric.name: metric.value for metric in done.metrics if metric.scope == "test"}
     parts = [f"round {done.number:>3}"]
-    parts += [
-        f"{label} {test[name]:.3f}"
-        for label, name in (("test acc", "accuracy"), ("F1", "f1"), ("loss", "loss"))
-        if name in test
-    ]
+    shown = [*[name for name in telling(test) if name != "loss"][:2], *[name for name in test if name == "loss"]]
+    parts += [f"{'' if place else 'test '}{title(name)} {test[name]:.3f}" for place, name in enumerate(shown)]
     spends = [spend for spend in done.spends if spend.part == "train"]
     if spends:
         most = max(spends, key=lambda spend: spend.epsilon)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from server.history.records import Attempt, Event, Metric, Participation, Round, Run, Spend
 from shared.errors import NotFoundError
+from shared.score_names import telling
 
 if TYPE_CHECKING:
     from server.history.store import History
@@ -36,6 +37,18 @@ class Facts:
         """The first round of each phase, and the phase's name."""
         before = [None, *(each.phase for each in self.rounds)]
         return [(each.number, each.phase) for each, old in zip(self.rounds, before, strict=False) if each.phase != old]
+
+    @property
+    def validated(self) -> str:
+        """Name of the most telling score that sites' validation records gave."""
+        names = telling({metric.name for _, metric in self.metrics if metric.scope == "validation"})
+        return names[0] if names else "accuracy"
+
+    @property
+    def tested(self) -> str:
+        """Name of the most telling score on the public test set."""
+        names = telling({metric.name for _, metric in self.metrics if metric.scope == "test"})
+        return names[0] if names else "accuracy"
 
     @property
     def sites(self) -> list[str]:

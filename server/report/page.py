@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from server.report.facts import Facts, sample
 from server.report.privacy import privacy
 from server.report.sites import accounts, sites, traffic, troubles
 from shared import __version__
+from shared.score_names import telling, title
 
 HERE = Path(__file__).parent
 ROWS = 400  # of a table of rounds; a longer run shows rounds evenly spread
 LINES = 100  # of troubles and of events
-TILES = {"accuracy": "Test accuracy", "f1": "Test F1", "auc": "Test AUC", "loss": "Test loss"}
+TILES = 3  # scores on the test set that stand at the top, beside the loss
 BASELINES = ("majority_accuracy", "majority_baseline", "majority")
 
 
@@ -39,6 +41,7 @@ def render(facts: Facts, *, now: datetime | None = None) -> str:
     found = troubles(facts)
     shown = set(sample([each.number for each in facts.rounds], ROWS))
     test_round, by_name = _last_scores(facts, "test")
+    validated = facts.validated
     return (
         _environment()
         .get_template("report.jinja")
@@ -49,7 +52,9 @@ def render(facts: Facts, *, now: datetime | None = None) -> str:
             tiles=_tiles(by_name),
             baseline=next((by_name[name] for name in BASELINES if name in by_name), None),
             test_round=test_round,
-            pooled=_last_scores(facts, "validation")[1].get("accuracy"),
+            pooled=_last_scores(facts, "validation")[1].get(validated),
+            validated=title(validated),
+            tested=title(facts.tested),
             attempts=Counter(attempt.outcome or "running" for attempt in facts.attempts),
             plots=plots.plots(facts, moved, private=claim.private),
             sites=sites(facts, held),
@@ -97,12 +102,18 @@ def _last_scores(facts: Facts, scope: str) -> tuple[int, dict[str, Metric]]:
 
 
 def _tiles(scores: dict[str, Metric]) -> list[tuple[str, Metric]]:
-    return [(title, scores[name]) for name, title in TILES.items() if name in scores]
+    return [(f"Test {title(name)}", scores[name]) for name in _shown(scores)]
+
+
+def _shown(names: Iterable[str]) -> list[str]:
+    """Names of the scores that stand at the top, the loss at the end."""
+    held = [name for name in names if name not in BASELINES]
+    return [*[name for name in telling(held) if name != "loss"][:TILES], *[name for name in held if name == "loss"]]
 
 
 def _scores_by_round(facts: Facts) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     for number, metric in facts.metrics:
-        if metric.site is None and metric.name in TILES:
+        if metric.site is None:
             found.setdefault(number, {})[f"{metric.scope}_{metric.name}"] = metric.value
     return found

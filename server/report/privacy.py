@@ -1,8 +1,8 @@
 """What a run's history lets one claim about privacy, and what in it speaks against the claim.
 
-The unit is one record of a site's dataset, under add-or-remove-one neighbours. Figures are per site:
-training and validation records are disjoint, so the two parts compose in parallel, and so do sites that
-share no record; nothing is ever summed. A doubt is a line in the history that the claim cannot stand
+The unit is one record of a site's dataset, or one person with all their records, under add-or-remove-one neighbours.
+Figures are per site: training and validation units are disjoint, so the two parts compose in parallel, and so do sites that
+share none; nothing is ever summed. A doubt is a line in the history that the claim cannot stand
 beside, such as a release without a recorded spend; the page shows it in place of the claim.
 """
 
@@ -10,10 +10,12 @@ import math
 from dataclasses import dataclass
 
 from server.history.records import Kind, Part, Spend
+from server.privacy.records import unit_of
 from server.report.check import Check, check
 from server.report.facts import Facts
 from server.report.sites import PARTS, Accounts
 from server.report.words import budget, cut, epsilon
+from shared.run_config import PrivacyUnit
 
 CHARGED: dict[Kind, Part] = {"train": "train", "evaluate": "validation"}
 SHOWN = 12  # doubts of one kind named one by one
@@ -21,9 +23,10 @@ SHOWN = 12  # doubts of one kind named one by one
 
 @dataclass(frozen=True)
 class Privacy:
-    """The claim: `largest` bounds what a record of any one site lost, where `private` and no doubts."""
+    """The claim: `largest` bounds what a unit of any one site lost, where `private` and no doubts."""
 
     private: bool
+    unit: PrivacyUnit
     planned: float | None  # the run's epsilon, as configured
     largest: Spend | None  # over sites and parts; None before the first release
     by_part: dict[Part, Spend]
@@ -51,6 +54,7 @@ def privacy(facts: Facts, found: Accounts) -> Privacy:
     )
     return Privacy(
         private=private,
+        unit=unit_of(facts.run),
         planned=planned,
         largest=max(by_part.values(), key=lambda spend: _order(spend.epsilon), default=None),
         by_part=by_part,

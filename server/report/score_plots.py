@@ -7,25 +7,28 @@ from server.report import drawing
 from server.report.drawing import SERIES, Plot
 from server.report.facts import Facts
 from server.report.words import score
+from shared.score_names import telling, title
 
-NAMES = {"accuracy": "accuracy", "f1": "F1", "auc": "AUC"}
+SHOWN = 3  # scores of at most 1
 
 
 def test_scores(facts: Facts) -> Plot | None:
-    """Draw accuracy, F1 and AUC; None without a test set."""
-    held = {name: values for name in NAMES if (values := _values(facts, name))}
+    """Draw the most telling scores of at most 1; None without a test set."""
+    names = [name for name in telling({metric.name for _, metric in facts.metrics}) if name != "loss"]
+    drawn = {name: values for name in names if (values := _values(facts, name)) and max(values.values()) <= 1}
+    held = dict(list(drawn.items())[:SHOWN])
     if not held:
         return None
     figure, (axes,) = drawing.canvas()
     ends = []
     for (name, values), colour in zip(held.items(), SERIES, strict=False):
         drawing.line(axes, *drawing.arrays(values), colour)
-        ends.append((drawing.last(values), f"{NAMES[name]} {score(drawing.last(values))}", colour))
+        ends.append((drawing.last(values), f"{title(name)} {score(drawing.last(values))}", colour))
     drawing.against_rounds(axes, facts.rounds[-1].number)
     drawing.mark_phases(axes, facts.phases)
     axes.set_ylabel("score (of 1)")
     drawing.label_ends(axes, ends)
-    said = ", ".join(f"{NAMES[name]} {_course(values)}" for name, values in held.items())
+    said = ", ".join(f"{title(name)} {_course(values)}" for name, values in held.items())
     alt = f"Scores on the public test set, first round to last: {said}."
     return Plot(
         "scores",

@@ -38,8 +38,8 @@ class Site:
     name: str
     datasets: dict[str, dict[Part, Account]] = field(default_factory=dict)
     outcomes: Counter[Outcome] = field(default_factory=Counter)
-    accuracy: Metric | None = None
-    accuracy_round: int = 0
+    score: Metric | None = None  # its most telling one, on its own validation records
+    score_round: int = 0
 
 
 @dataclass
@@ -63,8 +63,8 @@ def sites(facts: Facts, held: Accounts) -> list[Site]:
     for _, answer in facts.participations:
         found[answer.site].outcomes[answer.outcome] += 1
     for number, metric in facts.metrics:
-        if metric.site is not None and (metric.scope, metric.name) == ("validation", "accuracy"):
-            found[metric.site].accuracy, found[metric.site].accuracy_round = metric, number
+        if metric.site is not None and (metric.scope, metric.name) == ("validation", facts.validated):
+            found[metric.site].score, found[metric.site].score_round = metric, number
     return list(found.values())
 
 

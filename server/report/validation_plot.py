@@ -1,4 +1,4 @@
-"""The sites' released validation accuracy against rounds, with the interval that its noise leaves."""
+"""The sites' released validation score against rounds, with the interval that its noise leaves."""
 
 import math
 from collections import defaultdict
@@ -13,6 +13,7 @@ from server.report import drawing
 from server.report.drawing import COLOURS, NAME, Plot
 from server.report.facts import Facts
 from server.report.words import cut, score
+from shared.score_names import title
 
 PANELS = 6  # sites that get a panel each; more are shown as quantiles
 QUANTILES = {
@@ -31,7 +32,7 @@ def validation(facts: Facts) -> Plot | None:
     for number, metric in facts.metrics:
         if (
             metric.site is not None
-            and (metric.scope, metric.name) == ("validation", "accuracy")
+            and (metric.scope, metric.name) == ("validation", facts.validated)
             and math.isfinite(metric.value)
         ):
             held[metric.site][number] = metric
@@ -41,7 +42,7 @@ def validation(facts: Facts) -> Plot | None:
     figure, alt, caption = draw(facts, dict(sorted(held.items())))
     return Plot(
         "validation",
-        "Validation accuracy of the sites",
+        f"Validation {title(facts.validated)} of the sites",
         drawing.to_svg(figure, "validation", alt),
         alt,
         caption,
@@ -65,7 +66,7 @@ def _panels(facts: Facts, held: Mapping[str, Course]) -> tuple[Figure, str, str]
         drawing.mark_phases(axes, facts.phases, names=False)
         axes.set_title(f"{cut(name, NAME)}  {score(drawing.last(values))}", color=COLOURS["blue"])
         if place % columns == 0:
-            axes.set_ylabel("accuracy")
+            axes.set_ylabel(title(facts.validated))
     said = "; ".join(f"{cut(name, NAME)} {_interval(each[max(each)])}" for name, each in held.items())
     noisy = any(metric.low is not None for each in held.values() for metric in each.values())
     caption = "A panel a site, with the others in grey. " if len(held) > 1 else ""
@@ -74,7 +75,7 @@ def _panels(facts: Facts, held: Mapping[str, Course]) -> tuple[Figure, str, str]
         if noisy
         else "No noise was added to these scores, so there is no band."
     )
-    return figure, f"Validation accuracy of each site against rounds. At the end: {said}.", caption
+    return figure, f"Validation {title(facts.validated)} of each site against rounds. At the end: {said}.", caption
 
 
 def _band(axes: Axes, course: Course) -> None:
@@ -109,7 +110,7 @@ def _quantiles(facts: Facts, held: Mapping[str, Course]) -> tuple[Figure, str, s
     drawing.line(axes, x, median, "blue")
     drawing.against_rounds(axes, facts.rounds[-1].number)
     drawing.mark_phases(axes, facts.phases)
-    axes.set_ylabel("accuracy")
+    axes.set_ylabel(title(facts.validated))
     ends = [f"{name} {score(float(value))}" for name, value in zip(QUANTILES.values(), table[-1], strict=True)]
     drawing.label_ends(axes, [(float(value), text, "blue") for value, text in zip(table[-1], ends, strict=True)])
     newest = [each[max(each)] for each in held.values()]
@@ -120,7 +121,7 @@ def _quantiles(facts: Facts, held: Mapping[str, Course]) -> tuple[Figure, str, s
         caption += f" The noise alone moves the median site's score by up to {half} either way, at 95 %."
     return (
         figure,
-        f"Validation accuracy against rounds, over {len(held)} sites. At the end: {', '.join(ends)}.",
+        f"Validation {title(facts.validated)} against rounds, over {len(held)} sites. At the end: {', '.join(ends)}.",
         caption,
     )
 
