@@ -77,6 +77,7 @@ def open_ledger(site: Site) -> Ledger:
     return Ledger.open(
         site.ledger,
         dataset=site.dataset.id,
+        unit=site.dataset.unit,
         delta=site.privacy.delta,
         max_epsilon=site.privacy.max_epsilon,
         max_releases=site.privacy.max_releases,
@@ -106,6 +107,7 @@ def _join(
     return JoinReply(
         site.name,
         card.dataset,
+        card.unit,
         card.records,
         card.validation,
         ledger_id=ledger.account,

@@ -191,6 +191,8 @@ class Roster:
         """Say why a site that would join may not."""
         if error := _undeclarable(reply):
             return error
+        if reply.unit != (unit := self._job.config.privacy.unit):
+            return f"its unit of privacy is the {reply.unit}, and the run's is the {unit}; set privacy.unit={reply.unit!r}."
         if self._authenticated and reply.site != self._names.get(node):
             return f"the node calls itself {reply.site!r}, and its key is enrolled for {self._names.get(node)!r}."
         if replace:

@@ -2,7 +2,9 @@
 
 A site's ledger and whoever verifies an export of it share this arithmetic. An event's digest is the SHA-256 of
 one canonical JSON of the dataset's header and of all the event's fields, the digest of the event before it included;
-the last digest therefore stands for all events, their order, and the delta and order that they are accounted with.
+the last digest therefore stands for all events, their order, the delta and order that they are accounted with, and the unit
+that the promise is made to. Only where that is the person does the header say so: a ledger from before persons has the same
+digests as ever, and a program that knows of no persons takes theirs for broken and refuses it.
 
 The chain finds what was edited, dropped or reordered between its ends. Whether its end is the newest is not in
 the chain: for that the site keeps a counter beside its ledger, and the coordinator the numbers that it was told.
@@ -21,6 +23,7 @@ FORMAT, VERSION = "moonflower-ledger", 1  # of an export
 NO_HEAD = "0" * 64  # stands for the event before the first
 ORDERS = (2, 16384)  # of a Rényi filter: 16384 is the highest that `accounting.best_order` gives
 HEADER: dict[str, type] = {"id": str, "account": str, "delta": float, "order": int, "opened_at": str}
+UNITS = ("person",)  # what a header's `unit` may say; one without has the record as its unit, as all had before persons
 EVENT: dict[str, type] = {
     "number": int,  # from 1
     "run": str,
@@ -151,8 +154,15 @@ def _parts(export: Values) -> tuple[Values, list[Values]]:
     return _header(header), events
 
 
+def unit_of(header: Values) -> str:
+    """Whom an account's promise is made to, for its life: "record" or "person"."""
+    return str(header.get("unit", "record"))
+
+
 def _header(values: Values) -> dict[str, Any]:
-    typed = _typed(values, HEADER, "the dataset")
+    typed = _typed(values, HEADER | ({"unit": str} if "unit" in values else {}), "the dataset")
+    if typed.get("unit", UNITS[0]) not in UNITS:
+        raise DataError(f"the dataset's unit {typed['unit']!r} is not known here")
     if not 0 < typed["delta"] < 1 or not ORDERS[0] <= typed["order"] <= ORDERS[1]:
         raise DataError(f"the dataset's delta is not within 0 and 1, or its order not from {ORDERS[0]} to {ORDERS[1]}")
     return typed

@@ -29,6 +29,7 @@ FLOWER_TYPES: dict[Kind, str] = {"join": "query", "train": "train", "evaluate": 
 MECHANISMS = ("gaussian", "discrete-gaussian", "none")  # none: no noise, hence no privacy
 NOISE_SOURCES = ("aes-256-ctr", "device", "none")  # device: the accelerator's own generator
 GRADIENTS = ("one-pass", "hooks", "ghost")  # how each record's gradient was had
+UNITS = ("record", "person")
 LEDGER_ID, LEDGER_HEAD = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
 FLAT, SHAPES = "flat", ".shapes"  # how a field of arrays is called in a record
 MOST_DIMENSIONS = 16
@@ -62,8 +63,9 @@ class JoinReply:
 
     site: str = public()
     dataset: str = public()
-    records: int = public()  # rounded, as site.toml declares
-    validation: float = public()  # share of the records kept for validation
+    unit: str = public()  # one of UNITS: who the promise is made to, for the dataset's life
+    records: int = public()  # rounded, as site.toml declares; where the unit is the person, how many persons
+    validation: float = public()  # share of the units kept for validation
     ledger_id: str = public()  # of the dataset's account: random, made when it was opened; 32 hexadecimal digits
     ledger_number: int = public()  # events in the account so far, over all runs
     ledger_head: str = public()  # digest of the last of them; ledger_chain.NO_HEAD before the first
@@ -244,7 +246,10 @@ def _float32(field: str, record: ArrayRecord) -> npt.NDArray[np.float32]:
 
 def implausible(reply: JoinReply | TrainReply | EvaluateReply) -> str | None:
     """Say which of a reply's words or ledger fields cannot be; they go into a history and onto screens."""
-    if not isinstance(reply, JoinReply):
+    if isinstance(reply, JoinReply):
+        if reply.unit not in UNITS:
+            return f"the reply's unit={reply.unit[:32]!r} is none of {', '.join(UNITS)}."
+    else:
         words = {"mechanism": (reply.mechanism, MECHANISMS), "noise_source": (reply.noise_source, NOISE_SOURCES)}
         if isinstance(reply, TrainReply):
             words["gradients"] = (reply.gradients, GRADIENTS)

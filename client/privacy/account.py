@@ -31,8 +31,9 @@ class Account:
     ----------
     path
         The ledger's file, by the one name that its counter and its reservations stand beside.
-    dataset, account, delta, order
-        The declared id; the account's own random name; delta and the filter's order, fixed for the dataset's life.
+    dataset, account, delta, order, unit
+        The declared id; the account's own random name; delta, the filter's order, and whom the promise is made to ("record" or
+        "person"), fixed for the dataset's life.
     number, head
         How many events were read, and the digest of the last.
     """
@@ -43,6 +44,7 @@ class Account:
         self.account: str = header["account"]
         self.delta: float = header["delta"]
         self.order: int = header["order"]
+        self.unit = ledger_chain.unit_of(header)
         self.number, self.head = 0, ledger_chain.NO_HEAD
         self._last_row = 0
         self._spends: list[Spend] = []

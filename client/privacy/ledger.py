@@ -1,7 +1,7 @@
 """A site's account of the privacy it has spent: append-only, durable before anything is sent.
 
-The unit is one record of a declared dataset, under add-or-remove-one neighbours. A record is in one part
-for ever, training or validation, so the parts compose in parallel and a dataset's lifetime epsilon is its
+The unit is one record of a declared dataset, or one person with all their records, under add-or-remove-one
+neighbours; which of the two is fixed when a dataset is first opened. A unit is in one part for ever, training or validation, so the parts compose in parallel and a dataset's lifetime epsilon is its
 larger part's. Spends are keyed by the dataset's declared id, over all runs and attempts, and nothing is ever
 refunded.
 
@@ -32,6 +32,7 @@ from client.privacy.ledger_file import connect, one_name, said_in_one_line, tidy
 from shared import accounting, ledger_chain
 from shared.accounting import Release
 from shared.errors import ConfigError, DatabaseError, DataError, RefusedError, RetryError
+from shared.run_config import PrivacyUnit
 
 __all__ = ["PARTS", "Account", "Ledger", "Part", "Question", "Reservation", "Spend"]
 
@@ -71,6 +72,7 @@ class Ledger(Account):
         dataset: str,
         delta: float,
         max_epsilon: float,
+        unit: PrivacyUnit = "record",
         max_releases: int | None = None,
         order: int | None = None,
         apart_from: Iterable[str] = (),
@@ -85,6 +87,9 @@ class Ledger(Account):
         max_epsilon, max_releases
             May change from one opening to the next, and hold from then on. The second is how many replies may
             ever be charged, of both parts and over all runs; None sets no such limit.
+        unit
+            Whom the promise is made to, for the dataset's life. What was spent on records is no bound for a person's, nor
+            would a person's hold beside releases of another unit.
         order
             The Rényi filter's; without it, a new dataset gets `accounting.best_order` of the limit.
         apart_from
@@ -94,7 +99,7 @@ class Ledger(Account):
         Raises
         ------
         ConfigError
-            If delta or order differ from those that the dataset was opened with at first, or the limit is
+            If delta, order or unit differ from those that the dataset was opened with at first, or the limit is
             not above 0.
         DataError
             If another dataset in the file has spent and is not named in `apart_from`.
@@ -112,12 +117,17 @@ class Ledger(Account):
                 if header is None:
                     order = best if order is None else order
                     accounting.rdp_budget(max_epsilon, delta, order)  # refuses an order that is none
-                    header = opening.new_account(connection, dataset, delta, order)
+                    header = opening.new_account(connection, dataset, delta, order, unit)
                 if delta != header["delta"] or order not in (None, header["order"]):
                     raise ConfigError(
                         f"delta={delta} and Rényi order={order or 'as before'} were asked for dataset "
                         f"{dataset!r}, whose account was opened with delta={header['delta']} and order={header['order']}, "
                         "for its whole life: set those again (site.toml, [privacy] delta)."
+                    )
+                if unit != (opened := ledger_chain.unit_of(header)):
+                    raise ConfigError(
+                        f"the account of dataset {dataset!r} was opened with the {opened} as the unit of privacy, for its whole "
+                        f"life, and {unit!r} is asked for now: set site.toml, [dataset] unit_column as it was then."
                     )
                 ledger = cls(path, connection, header, max_epsilon, max_releases, apart_from)
                 ledger._read_on()

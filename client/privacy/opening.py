@@ -11,20 +11,36 @@ from client.privacy.ledger_count import Count
 from client.privacy.ledger_file import said_in_one_line
 from shared import ledger_chain
 from shared.errors import DatabaseError, DataError
+from shared.run_config import PrivacyUnit
+
+_UNIT = "WHERE dataset = ? AND run = '' AND kind = 'unit'"
 
 
 def find(connection: sqlite3.Connection, dataset: str) -> dict[str, Any] | None:
     """Return the header of a dataset's account, None where it has none."""
     query = "SELECT id, account, delta, rdp_order, opened_at FROM datasets WHERE id = ?"
     row = connection.execute(query, [dataset]).fetchone()
-    return None if row is None else dict(zip(ledger_chain.HEADER, row, strict=True))
+    if row is None:
+        return None
+    unit = connection.execute(f"SELECT state FROM states {_UNIT}", [dataset]).fetchone()  # noqa: S608 - our own
+    header = dict(zip(ledger_chain.HEADER, row, strict=True))
+    return header if unit is None else header | {"unit": bytes(unit[0]).decode(errors="replace")}
 
 
-def new_account(connection: sqlite3.Connection, dataset: str, delta: float, order: int) -> dict[str, Any]:
-    """Enter an account under a random name, and return its header."""
+def new_account(
+    connection: sqlite3.Connection, dataset: str, delta: float, order: int, unit: PrivacyUnit
+) -> dict[str, Any]:
+    """Enter an account under a random name, and return its header.
+
+    The unit is kept among the dataset's states, where it is not the record, and with the header in every event's digest: an
+    account whose state is lost or edited has a broken chain.
+    """
     now = datetime.now(UTC).isoformat()
     header = dict(zip(ledger_chain.HEADER, (dataset, secrets.token_hex(16), delta, order, now), strict=True))
     connection.execute("INSERT INTO datasets VALUES (?, ?, ?, ?, ?)", list(header.values()))
+    if unit != "record":
+        connection.execute("INSERT INTO states VALUES (?, '', 'unit', ?)", [dataset, unit.encode()])
+        header["unit"] = unit
     return header
 
 

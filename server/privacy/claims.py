@@ -9,13 +9,17 @@ from importlib.metadata import version
 from server.privacy.records import Statement
 from shared.messages import REPLIES
 
-UNIT = "one record of a site's dataset"
-NEIGHBOURS = "add or remove one record"
+UNITS = {
+    "record": "one record of a site's dataset",
+    "person": "one person of a site's dataset, with all their records",
+}
+NEIGHBOURS = {"record": "add or remove one record", "person": "add or remove one person, with all their records"}
 
 PUBLIC = {  # what a site's replies hold besides what is released; every field marked public is here
     "site": "the site's name",
     "dataset": "the dataset's declared id",
-    "records": "the declared, rounded number of records",
+    "unit": "whom the promise is made to: a record or a person",
+    "records": "the declared, rounded number of them",
     "validation": "the share of them kept for validation",
     "round": "the round that is answered",
     "sampling_rate": "the sampling rate",
@@ -60,14 +64,32 @@ def sources(statement: Statement) -> list[str]:
     return [SOURCES.get(name, f"{name!r}, which is not known here") for name in sorted(used)]
 
 
-def sampling() -> list[str]:
-    """Say how records were drawn, as it ran."""
-    return [
-        "Poisson sampling: every step draws each training record on its own, at the public rate that stands with the release.",
+def unit(statement: Statement) -> str:
+    """Say whom the promise is made to."""
+    return UNITS[statement.unit]
+
+
+def neighbours(statement: Statement) -> str:
+    """Say which two datasets are held against each other."""
+    return NEIGHBOURS[statement.unit]
+
+
+def sampling(statement: Statement) -> list[str]:
+    """Say how records, or persons, were drawn, as it ran."""
+    unit, most = statement.unit, statement.records_per_person
+    lines = [
+        f"Poisson sampling: every step draws each training {unit} on its own, at the public rate that stands with the release.",
         "A step that draws nobody is released all the same, as noise alone, and is accounted.",
-        "The divisor of an averaged gradient is the public expected batch (rate x declared training records), never the drawn one.",
-        "A histogram is over all validation records: rate 1.",
+        f"The divisor of an averaged gradient is the public expected batch (rate x declared training {unit}s), never the drawn one.",
+        f"A histogram is over all validation {unit}s: rate 1.",
     ]
+    if unit == "person":
+        lines += [
+            f"Of a person who is drawn, a step takes at most {most} records, chosen at random from that person's alone; the "
+            "gradient of their mean loss is clipped once.",
+            "In a histogram all of a person's records together weigh as one.",
+        ]
+    return lines
 
 
 def accountant(statement: Statement) -> list[str]:
@@ -97,12 +119,26 @@ def public(kind: str) -> dict[str, list[str]]:
 
 def assumed(statement: Statement) -> list[str]:
     """Say what the claim rests on and does not prove."""
+    unit = statement.unit
+    held = (
+        [
+            "No person has records at two sites. Where one has, the sites' epsilons add up for that person.",
+            "A person, with all records, is in training or in validation for the dataset's whole life, by a keyed hash of who it "
+            "is: the parts do not add up.",
+            "The column that a site names says whose a record is, rightly, and the same for all of a person's records. Who is in "
+            "it under two names is two persons.",
+        ]
+        if unit == "person"
+        else [
+            "Sites share no record. Where two hold the same one, their epsilons add up for it.",
+            "A record is a train or a validation record for the dataset's whole life, by a keyed hash of its id: the parts do not add up.",
+        ]
+    )
     lines = [
-        "Sites share no record. Where two hold the same one, their epsilons add up for it.",
-        "A record is a train or a validation record for the dataset's whole life, by a keyed hash of its id: the parts do not add up.",
+        *held,
         "The sites run this software as it is, and keep their ledgers and keys.",
         "AES-256 cannot be told from randomness, and the operating system's entropy cannot be guessed.",
-        "Clipping bounds each record's part in a sum: a probe on made-up records checks it before every release, to float32's rounding.",
+        f"Clipping bounds each {unit}'s part in a sum: a probe on made-up records checks it before every release, to float32's rounding.",
     ]
     if any(sums.noise_source == "device" for account in statement.accounts for sums in account.releases):
         lines.append("The accelerator's own generator cannot be predicted: its state is smaller than a key's.")
@@ -114,9 +150,14 @@ def assumed(statement: Statement) -> list[str]:
 def not_covered(statement: Statement) -> list[str]:
     """Say what the claim leaves out."""
     used = {sums.mechanism for account in statement.accounts for sums in account.releases}
+    several = (
+        "Whom else a person's records are about, and persons with records at several sites: there the sites' epsilons add up."
+        if statement.unit == "person"
+        else "A person with several records: for k records of one person epsilon is up to k times as large, and delta grows too."
+    )
     lines = [
         "Tuning: other runs on the same datasets, and the choice among them. Each spends on its own; a site's ledger has their sum.",
-        "A person with several records: for k records of one person epsilon is up to k times as large, and delta grows too.",
+        several,
         "How long a site takes, how much memory it uses, and whether its process dies.",
         "What a site declares, and that it takes part.",
         "The public test set, and the model's starting weights.",

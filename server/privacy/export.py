@@ -24,6 +24,7 @@ class Export:
     account: str
     delta: float
     order: int
+    unit: str
     events: Sequence[Event]
     fault: str | None
 
@@ -47,7 +48,13 @@ def load(path: Path) -> Export:
     header = values["dataset"]
     if any(event["steps"] > LARGEST for event in values["events"]):  # composing them could take any time
         raise DataError(f"--verify {path}: an event has more than {LARGEST} steps, which no site releases.")
-    known = (header["id"], header["account"], float(header["delta"]), int(header["order"]))
+    known = (
+        header["id"],
+        header["account"],
+        float(header["delta"]),
+        int(header["order"]),
+        ledger_chain.unit_of(header),
+    )
     return Export(str(path), *known, values["events"], None if fault is None else fault.text)
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 from server.history.records import Attempt, Kind, Ledger, Part, Participation, Round, Run, Spend
+from shared.run_config import PrivacyUnit
 
 PARTS: dict[Kind, Part] = {"train": "train", "evaluate": "validation"}  # which part a request is charged to
 KINDS: dict[Part, Kind] = {"train": "train", "validation": "evaluate"}
@@ -115,6 +117,17 @@ class Statement:
     verifications: tuple[Verification, ...] = field(default=())
 
     @property
+    def unit(self) -> PrivacyUnit:
+        """Who the promise is made to, at every site: a site of another unit does not join."""
+        return unit_of(self.run)
+
+    @property
+    def records_per_person(self) -> int | None:
+        """The most records of one person that a training step took; None where the unit is the record."""
+        held = _privacy(self.run, "records_per_person")
+        return held if self.unit == "person" and isinstance(held, int) else None
+
+    @property
     def largest(self) -> Account | None:
         """The account with the largest epsilon, which bounds the run's where sites share no record."""
         return max(self.accounts, key=lambda account: account.epsilon, default=None)
@@ -123,6 +136,16 @@ class Statement:
     def delta(self) -> float | None:
         """The largest delta of any account."""
         return max((account.delta for account in self.accounts), default=None)
+
+
+def unit_of(run: Run) -> PrivacyUnit:
+    """Who a run's promise is made to."""
+    return "person" if _privacy(run, "unit") == "person" else "record"
+
+
+def _privacy(run: Run, name: str) -> Any:
+    section = run.config.get("privacy")
+    return section.get(name) if isinstance(section, dict) else None
 
 
 def ranges(numbers: Iterable[int]) -> str:

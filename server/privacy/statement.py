@@ -1,8 +1,8 @@
-"""What a run guarantees to each record, derived from the releases that the history has recorded.
+"""What a run guarantees to each record, or person, derived from the releases that the history has recorded.
 
-The unit is one record of a site's dataset, under add-or-remove-one neighbours. An account is one part (train or
-validation) of one site's dataset: its epsilon is composed here from its recorded releases, and only compared with
-what the site reported. A record is in one part for ever, and sites are taken to share no record, so accounts
+The unit is one record of a site's dataset, or one person with all their records, as the run's `privacy.unit` says: a site of
+another unit does not join. Neighbours differ by one unit. An account is one part (train or validation) of one site's dataset: its epsilon is composed here from its recorded releases, and only compared with
+what the site reported. A unit is in one part for ever, and sites are taken to share none, so accounts
 compose in parallel: the run's epsilon is the largest account's, never a sum.
 
 The history alone is read: no run's folder, no model, no training code.

@@ -56,8 +56,9 @@ def as_json(statement: Statement) -> str:
         "guarantee": {
             "verdict": verdict(statement),
             "so_far": statement.so_far,
-            "unit": claims.UNIT,
-            "neighbours": claims.NEIGHBOURS,
+            "unit": claims.unit(statement),
+            "neighbours": claims.neighbours(statement),
+            "records_per_person": statement.records_per_person,
             "epsilon": (largest.epsilon if largest else 0.0) if statement.private else math.inf,
             "delta": statement.delta,
             "largest": [largest.site, largest.dataset, largest.part] if largest and statement.private else None,
@@ -69,7 +70,7 @@ def as_json(statement: Statement) -> str:
         "verifications": [asdict(each) for each in statement.verifications],
         "mechanisms": claims.mechanisms(statement),
         "noise_sources": claims.sources(statement),
-        "sampling": claims.sampling(),
+        "sampling": claims.sampling(statement),
         "accountant": claims.accountant(statement),
         "leaves_a_site": {"public": claims.public("public"), "released": claims.public("released")},
         "assumed": claims.assumed(statement),
@@ -90,9 +91,9 @@ def as_text(statement: Statement) -> str:
         lines += _listed(title, [*(f"FAULT: {fault}" for fault in each.faults), *each.notes] or ["agrees."])
     if statement.private:
         lines += _listed("Accounts", [line for account in statement.accounts for line in _account(account)])
-        lines += _listed("Unit", [f"{claims.UNIT}; neighbours: {claims.NEIGHBOURS}."])
+        lines += _listed("Unit", [f"{claims.unit(statement)}; neighbours: {claims.neighbours(statement)}."])
         lines += _listed("Mechanism", claims.mechanisms(statement)) + _listed("Noise", claims.sources(statement))
-        lines += _listed("Sampling", claims.sampling()) + _listed("Accountant", claims.accountant(statement))
+        lines += _listed("Sampling", claims.sampling(statement)) + _listed("Accountant", claims.accountant(statement))
         lines += _listed("Released", claims.RELEASED.values()) + _listed("Public", claims.PUBLIC.values())
         lines += _listed("Assumed", claims.assumed(statement))
         lines += _listed("Not covered", claims.not_covered(statement))
@@ -110,8 +111,8 @@ def claim(statement: Statement) -> str:
     if largest is None:
         return "No release is recorded." + (" What may have been charged is said below." if statement.uncounted else "")
     until = f" so far ({statement.rounds} of {statement.run.rounds_planned} rounds)" if statement.so_far else ""
-    lost = f"ach record of each site lost at most epsilon {_up(largest.epsilon)} at delta {largest.delta:g}{until}"
-    of = f"the largest account's, of site {largest.site}, {largest.part} records."
+    lost = f"ach {statement.unit} of each site lost at most epsilon {_up(largest.epsilon)} at delta {largest.delta:g}{until}"
+    of = f"the largest account's, of site {largest.site}, {largest.part} {statement.unit}s."
     if statement.uncounted:
         return f"By the recorded releases, e{lost}: {of} What may have been charged besides is said below."
     return f"E{lost}: {of}"

@@ -13,7 +13,18 @@ from dataclasses import replace
 from server import mechanisms
 from server.history.records import Kind, Part, Spend
 from server.privacy.export import Event, Export, lifetime, release
-from server.privacy.records import KINDS, PARTS, Account, Place, Recorded, Statement, Sums, Verification, ranges
+from server.privacy.records import (
+    KINDS,
+    PARTS,
+    Account,
+    Place,
+    Recorded,
+    Statement,
+    Sums,
+    Verification,
+    ranges,
+    unit_of,
+)
 from server.privacy.statement import agree, by_place, differences, noiseless, overspent, planned
 from shared.errors import DataError
 
@@ -177,6 +188,8 @@ class _Comparison:
         what = f"the ledger of dataset {self.export.dataset!r}, account {self.export.account[:8]},"
         if not self.spends and not self.events and not others:
             raise DataError(f"--verify {self.export.source}: {what} has nothing of run {self.recorded.run.id!r}.")
+        if self.export.unit != (unit := unit_of(self.recorded.run)):
+            self.faults.append(f"{what} is kept for {self.export.unit}s, and the run's promise is to {unit}s.")
         if others:
             self.faults.append(f"{what} is not the one that the run's releases are in: {', '.join(sorted(others))}.")
         elif not self.sites:

@@ -96,6 +96,7 @@ def public_values(own: Site, config: RunConfig, reply: Any) -> tuple[dict[str, A
         return {
             "site": own.name,
             "dataset": card.dataset,
+            "unit": card.unit,
             "records": card.records,
             "validation": card.validation,
             "ledger_id": account,

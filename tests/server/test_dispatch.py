@@ -168,10 +168,10 @@ MALFORMED = {
         "update.shapes",
         json.dumps({"a": [1000], "b": [1000] * 15 + [0]}),
     ),
-    "another message": lambda: good(JoinReply("a", "d", 10, 0.1, "ab" * 16, 0, "0" * 64)),
+    "another message": lambda: good(JoinReply("a", "d", "record", 10, 0.1, "ab" * 16, 0, "0" * 64)),
     "no values": lambda: RecordDict({"update": ArrayRecord()}),
     "nothing": RecordDict,
-    "empty words": lambda: with_value(good(JoinReply("", "", 1, 0.1, "", 0, "")), "more", ""),
+    "empty words": lambda: with_value(good(JoinReply("", "", "record", 1, 0.1, "", 0, "")), "more", ""),
     "an empty list": lambda: with_value(good(reply()), "steps", []),
     "no name": lambda: RecordDict({"values": ConfigRecord({"site": "a"})}),
 }
@@ -217,13 +217,13 @@ def test_a_request_reaches_the_handler_of_its_kind():
     def query(message, context):
         request = messages.from_record(message.content, JoinRequest)
         return Message(
-            messages.to_record(JoinReply(request.run, "d", 10, 0.1, "ab" * 16, 0, "0" * 64)), reply_to=message
+            messages.to_record(JoinReply(request.run, "d", "record", 10, 0.1, "ab" * 16, 0, "0" * 64)), reply_to=message
         )
 
     request = JoinRequest("run-9", "{}", "0", "{}")
     asked = Question("join", 0, request, JoinReply)
     (answer,) = desk_of(InProcessGrid(app, {7: {}}))[0].ask(asked, named([7]), 5)
-    assert answer.reply == JoinReply("run-9", "d", 10, 0.1, "ab" * 16, 0, "0" * 64)
+    assert answer.reply == JoinReply("run-9", "d", "record", 10, 0.1, "ab" * 16, 0, "0" * 64)
 
 
 # -- nodes that are late, gone, or started anew ---------------------------------------------------------------------

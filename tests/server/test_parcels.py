@@ -27,7 +27,7 @@ from server.parcels import Parcels
 from shared.certificates import loopback
 from shared.messages import JoinReply, JoinRequest, Refusal, to_record
 
-REPLY = JoinReply("honest", "notes", 100, 0.2, "ab" * 16, 0, "0" * 64)
+REPLY = JoinReply("honest", "notes", "record", 100, 0.2, "ab" * 16, 0, "0" * 64)
 MIB = 2**20
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # flwr's build of a bundle
 

@@ -37,7 +37,7 @@ SAMPLES: list[Any] = [
     JoinRequest("run", "{}", "c0ffee", "{}"),
     TrainRequest("run", "{}", 1, ARRAYS),
     EvaluateRequest("run", "{}", 1, ARRAYS),
-    JoinReply("clinic", "notes", 1200, 0.1, "ab" * 16, 0, "0" * 64),
+    JoinReply("clinic", "notes", "record", 1200, 0.1, "ab" * 16, 0, "0" * 64),
     TrainReply(
         "clinic", 3, ARRAYS, 0.5, 1.25, 2, math.inf, "gaussian", "aes-256-ctr", "hooks", "ab" * 16, 7, "cd" * 32
     ),
@@ -86,7 +86,7 @@ def test_what_is_released_are_the_two_noised_arrays_and_all_arrays_are_released(
 def test_the_fields_that_leave_a_site_are_these_and_a_new_one_is_a_decision() -> None:
     ledger = ["ledger_id", "ledger_number", "ledger_head"]
     assert {reply.__name__: [item.name for item in fields(reply)] for reply in REPLIES} == {
-        "JoinReply": ["site", "dataset", "records", "validation", *ledger],
+        "JoinReply": ["site", "dataset", "unit", "records", "validation", *ledger],
         "TrainReply": [
             *("site", "round", "update", "sampling_rate", "noise_multiplier", "steps", "epsilon"),
             *("mechanism", "noise_source", "gradients", *ledger),
