@@ -85,7 +85,7 @@ def row(name: str, found: dict[str, Any]) -> str:
     """Write a line of the table."""
     from shared.score_names import telling, title
 
-    scores = [each for each in telling(found["after"]["test"]) if each != "loss"][:SHOWN] + ["loss"]
+    scores = [*[each for each in telling(found["after"]["test"]) if each != "loss"][:SHOWN], "loss"]
     said = [
         f"{title(each)} {found['before'].get(each, float('nan')):.3f} → {found['after']['test'][each]:.3f}"
         for each in scores

@@ -51,7 +51,7 @@ def test_a_sites_words_are_printed_whole_and_steer_no_terminal(new_round):
 
 
 def test_the_screen_line_has_scores_epsilon_seconds_and_bytes(new_round):
-    assert line(new_round(1)) == "round   1  test acc 0.510  ε 0.50/8  12.2 s  ↑ 6.1 GB ↓ 176.0 MB"
+    assert line(new_round(1)) == "round   1  test accuracy 0.510  ε 0.50/8  12.2 s  ↑ 6.1 GB ↓ 176.0 MB"
     assert "ε ∞ (no privacy)" in line(new_round(1, epsilon=math.inf))
     assert [size(n) for n in (0, 999, 1000, 2_500_000)] == ["0 B", "999 B", "1.0 kB", "2.5 MB"]
 
