@@ -149,6 +149,25 @@ class Loss(Section):
         return self
 
 
+class Augmentation(Section):
+    """Random changes of images and sounds in training, new in each step; scores are of the records as they are.
+
+    `multiplicity` changed copies of a record stand for it: their gradients are averaged before the record is clipped, so they
+    take time and no privacy; 0 leaves the records as they are. A phase of the head alone trains on features that are computed
+    once, of the records as they are.
+    """
+
+    multiplicity: int = Field(0, ge=0, le=64)
+    # Of images.
+    flip: bool = True  # left for right, half of the time: not where labels tell the two apart, as in writing
+    crop: float = Field(0.1, ge=0, le=0.5)  # share of a side by which an image is moved at most; its edge is mirrored in
+    jitter: float = Field(0.0, ge=0, lt=1)  # of light, contrast and colour: 0.2 multiplies each by 0.8 to 1.2
+    # Of sounds.
+    shift: float = Field(0.1, ge=0, le=60)  # seconds earlier or later, at most
+    gain: float = Field(6.0, ge=0, le=40)  # decibels louder or softer, at most
+    noise: float = Field(0.005, ge=0, le=1)  # white, of the loudest that there can be, at most
+
+
 class Phase(Section):
     """Rounds of one kind: each site makes `local_steps` noised steps, the server one step.
 
@@ -307,6 +326,7 @@ class RunConfig(Section):
     warm_start: Phase = Phase(rounds=0)
     training: Phase
     refit: Phase = Phase(rounds=0)
+    augmentation: Augmentation = Augmentation()
     loss: Loss = Loss()
     privacy: Privacy = Privacy()
     federation: Federation = Federation()
@@ -338,6 +358,22 @@ class RunConfig(Section):
         if weights and len(weights) != len(labels):
             raise ValueError(
                 f"loss.weights={list(weights)} must be one number for each of the {len(labels)} task.labels"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _augmented_copies_are_trained_on(self) -> Self:
+        copies = self.augmentation.multiplicity
+        if copies and (self.model.trainable == "head" or not self.training.rounds):
+            raise ValueError(
+                f"augmentation.multiplicity={copies} changes records anew in each step, and a head alone is trained on features "
+                "that are computed once; set augmentation.multiplicity to 0, or train more than the head"
+            )
+        if copies > 1 and self.hardware.gradients in ("hooks", "ghost"):
+            raise ValueError(
+                f"hardware.gradients={self.hardware.gradients!r} has gradients of single records, and "
+                f"augmentation.multiplicity={copies} needs a record's copies as one; set it to 'auto', or "
+                "augmentation.multiplicity to 1"
             )
         return self
 

@@ -79,6 +79,8 @@ class Task(ABC):
         Whether a head's input is one vector a record, which is computed once while the encoder stands still.
     classifies
         Whether the labels are the network's outputs.
+    augments
+        Whether `augmented` changes records at random.
     """
 
     name: ClassVar[str]
@@ -92,6 +94,7 @@ class Task(ABC):
     axes: ClassVar[int] = 1
     features: ClassVar[bool] = False
     classifies: ClassVar[bool] = True
+    augments: ClassVar[bool] = False
 
     def __init__(self, config: "RunConfig") -> None:
         self.config, self.settings = config, config.task
@@ -102,6 +105,11 @@ class Task(ABC):
             )
         if not self.classifies and self.settings.labels:
             raise ConfigError(f"task.labels={list(self.settings.labels)}: {self.name} has no labels; leave them out.")
+        if config.augmentation.multiplicity and not self.augments:
+            raise ConfigError(
+                f"augmentation.multiplicity={config.augmentation.multiplicity}: {self.name} has no random changes of records; "
+                "set it to 0."
+            )
 
     def adjust(self, settings: Any) -> None:  # noqa: B027 - most tasks have nothing to change
         """Change the model's configuration, as transformers read it, before the model is made."""
@@ -131,6 +139,10 @@ class Task(ABC):
     @abstractmethod
     def collate(self, records: Sequence[Encoded], width: Width, processor: Any) -> Batch:
         """Put records side by side, padded to `width`; on the CPU."""
+
+    def augmented(self, encoded: Encoded, uniform: Uniform, processor: Any) -> Encoded:  # noqa: ARG002 - of a subclass
+        """Change a record at random, by `config.augmentation`: what it shows stays, and so does its width."""
+        return encoded
 
     def targets_of(self, fields: Mapping[str, Any], device: torch.device) -> Tensor:
         """All rows' labels, of a task whose features are kept."""
