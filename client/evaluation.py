@@ -43,21 +43,23 @@ def evaluate(
     if model.task.features:
         held = resident.features(site, "validation", examples, config, request.arrays)
     total = np.zeros(int(np.prod(model.task.cells)), dtype=np.int64)
-    weights = 1 / np.diff(examples.units)[_unit_of(examples)]
-    for rows, measured, _ in outcomes(model, examples, config.hardware, held):
-        _add(total, measured, weights[rows], model.task)
+    weights = _weights(examples)
+    for records, measured, _ in outcomes(model, examples, config.hardware, held):
+        _add(total, measured, weights[records], model.task)
     kind = noise.of_counts(config.privacy, randomness, sensitivity=model.task.sensitivity, steps=STEPS)
     noised = kind.noised(torch.from_numpy(total), plan.evaluation_noise)
     return {"counts": noised.reshape(model.task.cells).numpy()}
 
 
-def _unit_of(examples: Examples) -> npt.NDArray[np.int64]:
-    """Unit of each row."""
-    return np.repeat(np.arange(len(examples)), np.diff(examples.units))
+def _weights(examples: Examples) -> npt.NDArray[np.float64]:
+    """One over the number of records of each record's unit, (records,)."""
+    of_unit = np.diff(np.searchsorted(examples.records, examples.units))
+    weights: npt.NDArray[np.float64] = np.repeat(1 / of_unit, of_unit)
+    return weights
 
 
 def _add(total: npt.NDArray[np.int64], measured: Measured, weights: npt.NDArray[np.float64], task: Task) -> None:
-    """Add rows' clipped and weighted vectors to `total`, in steps.
+    """Add records' clipped and weighted vectors to `total`, in steps.
 
     Raises
     ------

@@ -19,6 +19,9 @@ LENGTHS = (3, 2, 3, 7, 12, 9)  # of the padded axes: tokens
 # Records and width of each batch: as wide as it is long, where a batch can be mistaken for a sequence; padded past every
 # length, with no number dividing the other; a batch of one.
 TOGETHER: tuple[tuple[tuple[int, ...], int], ...] = (((0, 1, 2), 3), ((3, 4), 15), ((5,), 9))
+# Units of several rows, a person's records or a record's chunks: the rows' lengths, and their width.
+ROWS = 2
+SEVERAL: tuple[list[int], int] = ([5, 4, 6, 3], 7)
 
 
 @torch.no_grad()

@@ -67,9 +67,10 @@ class EncoderPass:
             yield self._objective(self._examples, units, None, self._config.hardware.precision)
 
     def made_up(self, *, only_one_batch: bool = False) -> tuple[list[tuple[Sequence[int], Objective]], list[Objective]]:
-        """Made-up records for the probe: padded side by side, and each alone; float32.
+        """Made-up units for the probe: padded side by side, and each alone; float32.
 
-        All batches of `client.made_up` and one as wide as a record can be, or a short one, drawn by lot.
+        All batches of `client.made_up` and one as wide as a record can be, or a short one, drawn by lot. Where a unit can
+        have several rows, there is a batch of such units too.
         """
         chosen = [([made_up.LENGTHS[number] for number in group], width) for group, width in made_up.TOGETHER]
         longest = made_up.longest(self._model)
@@ -79,18 +80,25 @@ class EncoderPass:
             chosen = [chosen[int(Keystream.from_system().uniform(1)[0] * len(chosen))]]
         elif longest:
             chosen.append(([longest, longest - 5], longest))
+        rows = [1] * len(chosen)  # of a unit
+        if not only_one_batch and (self._model.task.chunks or self._config.privacy.records_per_unit > 1):
+            chosen.append(made_up.SEVERAL)
+            rows.append(made_up.ROWS)
         lengths = [length for each, _ in chosen for length in each]
         with probe.stateless(self.module):
             examples = made_up.examples(self._model, lengths)
         padded = self._model.task.padded
         together: list[tuple[Sequence[int], Objective]] = []
+        units: list[Unit] = []
         first = 0
-        for each, width in chosen:
-            numbers = range(first, first := first + len(each))
-            units = [(number,) for number in numbers]
-            together.append((numbers, self._objective(examples, units, padded(width), "float32")))
+        for (each, width), several in zip(chosen, rows, strict=True):
+            added = [range(row, row + several) for row in range(first, first + len(each), several)]
+            first += len(each)
+            numbers = range(len(units), len(units) + len(added))
+            together.append((numbers, self._objective(examples, added, padded(width), "float32")))
+            units.extend(added)
         alone = [
-            self._objective(examples, [(number,)], padded(length), "float32") for number, length in enumerate(lengths)
+            self._objective(examples, [unit], padded(max(lengths[row] for row in unit)), "float32") for unit in units
         ]
         return together, alone
 

@@ -1,11 +1,12 @@
 """A data set ready for a network: the arrays that are kept of its records, end to end, in memory or on a disk.
 
-A unit of privacy has one row or several: one for a record, one a record for a person. Rows of a unit lie together;
-sampling and scores go by units.
+A unit of privacy is a record, or a person with several; a record has one row, or one for each of its chunks. Rows of a
+record lie together, and records of a unit; sampling goes by units, and scores by records.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shared.tasks.base import Batch, Encoded, Task, Width
+from shared.errors import EngineError
+from shared.tasks.base import Batch, Chunks, Encoded, Task, Width
 
 TOKENS = 64  # a micro-batch holds at most so many times its number of rows
 
@@ -42,12 +44,16 @@ class Ragged:
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded records of a task: fields, and where each unit's rows begin, (units + 1,)."""
+    """Encoded records of a task: fields, where each unit's rows begin, (units + 1,), and each record's, (records + 1,).
+
+    Without `chunks` each row is a record.
+    """
 
     task: Task
     processor: Any
     fields: dict[str, Ragged]
     units: npt.NDArray[np.int64]
+    chunks: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         """How many units there are."""
@@ -55,11 +61,20 @@ class Examples:
 
     @property
     def rows(self) -> int:
-        """How many records there are."""
+        """How many rows there are."""
         return int(self.units[-1])
 
+    @cached_property
+    def records(self) -> npt.NDArray[np.int64]:
+        """Where each record's rows begin, (records + 1,)."""
+        return np.arange(self.rows + 1) if self.chunks is None else self.chunks
+
+    def of_record(self, number: int) -> range:
+        """Rows of a record."""
+        return range(int(self.records[number]), int(self.records[number + 1]))
+
     def row(self, number: int) -> Encoded:
-        """Return what is kept of one record."""
+        """Return what is kept of one row."""
         return {name: field[number] for name, field in self.fields.items()}
 
     def rows_of(self, unit: int) -> range:
@@ -67,25 +82,44 @@ class Examples:
         return range(int(self.units[unit]), int(self.units[unit + 1]))
 
     @classmethod
-    def of(cls, task: Task, processor: Any, units: Sequence[Sequence[Encoded]]) -> "Examples":
-        """Keep encoded records, unit by unit."""
-        starts = np.concatenate([[0], np.cumsum([len(unit) for unit in units], dtype=np.int64)]).astype(np.int64)
-        records = [record for unit in units for record in unit]
-        names = list(records[0]) if records else []
-        return cls(task, processor, {name: Ragged.of([record[name] for record in records]) for name in names}, starts)
+    def of(cls, task: Task, processor: Any, units: Sequence[Sequence[Encoded | Chunks]]) -> "Examples":
+        """Keep encoded records, unit by unit.
+
+        Raises
+        ------
+        EngineError
+            Where a task cuts a record in chunks and does not say that it does: the probe would not cover them.
+        """
+        records = [record if isinstance(record, list) else [record] for unit in units for record in unit]
+        rows = [row for record in records for row in record]
+        if len(rows) > len(records) and not task.chunks:
+            raise EngineError(f"{task.name} cuts records in chunks, and its `chunks` is false.")
+        begins = _starts([len(record) for record in records])
+        names = list(rows[0]) if rows else []
+        return cls(
+            task,
+            processor,
+            {name: Ragged.of([row[name] for row in rows]) for name in names},
+            begins[_starts([len(unit) for unit in units])],
+            begins if len(rows) > len(records) else None,
+        )
 
     @classmethod
-    def single(cls, task: Task, processor: Any, records: Sequence[Encoded]) -> "Examples":
+    def single(cls, task: Task, processor: Any, records: Sequence[Encoded | Chunks]) -> "Examples":
         """Keep encoded records, each a unit of its own."""
         return cls.of(task, processor, [[record] for record in records])
 
     def first(self, units: int) -> "Examples":
         """Return the first units alone."""
-        return Examples(self.task, self.processor, self.fields, self.units[: units + 1])
+        kept = self.units[: units + 1]
+        chunks = None if self.chunks is None else self.chunks[self.chunks <= kept[-1]]
+        return Examples(self.task, self.processor, self.fields, kept, chunks)
 
     def save(self, folder: Path) -> None:
         """Write the arrays to an empty folder."""
         np.save(folder / "units.npy", self.units)
+        if self.chunks is not None:
+            np.save(folder / "chunks.npy", self.chunks)
         for name, field in self.fields.items():
             np.save(folder / f"{name}.values.npy", field.values)
             if field.starts is not None:
@@ -93,14 +127,25 @@ class Examples:
 
     @classmethod
     def open(cls, task: Task, processor: Any, folder: Path) -> "Examples":
-        """Map a folder's arrays into memory: they are read where they are needed."""
+        """Map a folder's arrays into memory: they are read where they are needed; what is written to them stays there."""
         fields = {}
         for file in sorted(folder.glob("*.values.npy")):
             name = file.name.removesuffix(".values.npy")
             starts = folder / f"{name}.starts.npy"
             held = np.load(starts, allow_pickle=False) if starts.exists() else None
-            fields[name] = Ragged(np.load(file, mmap_mode="r", allow_pickle=False), held)
-        return cls(task, processor, fields, np.load(folder / "units.npy", allow_pickle=False))
+            fields[name] = Ragged(np.load(file, mmap_mode="c", allow_pickle=False), held)
+        chunks = folder / "chunks.npy"
+        return cls(
+            task,
+            processor,
+            fields,
+            np.load(folder / "units.npy", allow_pickle=False),
+            np.load(chunks, allow_pickle=False) if chunks.exists() else None,
+        )
+
+
+def _starts(lengths: Sequence[int]) -> npt.NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 
 Unit = Sequence[int]  # rows of a unit that act together

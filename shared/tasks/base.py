@@ -19,7 +19,9 @@ from shared.errors import ConfigError
 from shared.metrics import Counts, Score
 
 if TYPE_CHECKING:
-    from shared.run_config import RunConfig
+    from shared.examples import Examples
+    from shared.models import LoadedModel
+    from shared.run_config import Hardware, RunConfig
 
 Encoded = dict[str, npt.NDArray[Any]]  # what is kept of one record, or of one chunk of it
 Chunks = list[Encoded]  # of one record: rows of the network that count as one, at least one
@@ -77,6 +79,8 @@ class Task(ABC):
         How many axes of a record are padded: 0, 1, or 2 (the input's and the target's).
     features
         Whether a head's input is one vector a record, which is computed once while the encoder stands still.
+    chunks
+        Whether a long record is cut in several rows, which count as one.
     classifies
         Whether the labels are the network's outputs.
     augments
@@ -93,6 +97,7 @@ class Task(ABC):
     inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
     axes: ClassVar[int] = 1
     features: ClassVar[bool] = False
+    chunks: ClassVar[bool] = False
     classifies: ClassVar[bool] = True
     augments: ClassVar[bool] = False
 
@@ -114,6 +119,15 @@ class Task(ABC):
     def adjust(self, settings: Any) -> None:  # noqa: B027 - most tasks have nothing to change
         """Change the model's configuration, as transformers read it, before the model is made."""
 
+    def fit(self, encoder: Any, processor: Any) -> None:  # noqa: B027 - most tasks have nothing to change
+        """Take from the loaded network and processor what the task needs of them, or change them; adapters come later.
+
+        Raises
+        ------
+        ModelError
+            Where they are not for this task.
+        """
+
     # Records
 
     def fault(self, values: Mapping[str, Any]) -> str | None:  # noqa: ARG002 - of a subclass
@@ -124,8 +138,8 @@ class Task(ABC):
     def encode(self, values: Mapping[str, Any], processor: Any) -> Encoded | Chunks:
         """Make what is kept of one record: arrays, of which the first axis may differ from record to record.
 
-        A long record may be cut in chunks, each a row for the network (not where features are kept). Its loss is their
-        mean; `measure` gets all of a record's chunks together, in order, and gives it one vector.
+        A task with `chunks` may cut a long record, each chunk a row for the network (not where features are kept). Its
+        loss is their mean; `measure` gets all of a record's chunks together, in order, and gives it one vector.
         """
 
     @abstractmethod
@@ -174,6 +188,19 @@ class Task(ABC):
     @abstractmethod
     def scores(self, counts: Counts, noise: float) -> list[Score]:
         """Scores of counts (`cells`), each with Gaussian noise of deviation `noise`; the most telling one first."""
+
+    def public_scores(
+        self,
+        model: "LoadedModel",  # noqa: ARG002 - of a subclass, as the others
+        values: Sequence[Mapping[str, Any]],  # noqa: ARG002
+        examples: "Examples",  # noqa: ARG002
+        hardware: "Hardware",  # noqa: ARG002
+    ) -> list[Score]:
+        """Scores of public records that counts cannot tell, as of what the model writes: the coordinator's alone.
+
+        `values` are the records as they were read, `examples` the same encoded.
+        """
+        return []
 
     # Made-up records, for the probe
 
