@@ -1,11 +1,12 @@
 """Scores of the public test set, on the server. The test set is public: its scores carry no noise."""
 
+import copy
 from pathlib import Path
 
 import torch
 
 from server.history.records import Metric
-from shared import arrays, records, tasks
+from shared import arrays, records
 from shared.arrays import Arrays
 from shared.examples import Examples
 from shared.features import FeatureCache, features
@@ -21,9 +22,11 @@ class TestSet:
 
     def __init__(self, path: Path, config: RunConfig, model: LoadedModel) -> None:
         self._model, self._config = model, config
-        task, processor = tasks.of(config), model.processor
+        task, processor = copy.copy(model.task), model.processor  # what it took from the model, and its own bins
         task.bins = max(task.bins, min(FINE, LARGEST // max(1, len(config.task.labels)) ** 2))
-        held = [task.encode(record.values, processor) for record in records.read(path, task, identified=False)]
+        read = records.read(path, task, identified=False)
+        held = [task.encode(record.values, processor) for record in read]
+        self._written = [record.values for record in read[: config.evaluation.generated_records]]
         self._whole = Examples.single(task, processor, held)
         self._quick = self._whole.first(config.evaluation.quick_records or len(held))
         self._cache = FeatureCache()
@@ -42,4 +45,8 @@ class TestSet:
         found = [Metric("test", None, score.name, score.value) for score in examples.task.scores(counts, 0.0)]
         if all(metric.name != "loss" for metric in found):
             found.append(Metric("test", None, "loss", loss))
+        if whole and self._written:
+            few = self._whole.first(len(self._written))
+            more = model.task.public_scores(model, self._written, few, hardware)
+            found += [Metric("test", None, score.name, score.value) for score in more]
         return [*found, Metric("test", None, "records", len(examples))]

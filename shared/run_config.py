@@ -113,6 +113,7 @@ class Task(Section):
     multi_label: bool = False
     max_length: int = Field(96, ge=4, le=8192)  # tokens; longer texts are cut
     max_target_length: int = Field(64, ge=4, le=8192)  # tokens
+    max_seconds: int = Field(30, ge=1, le=3600)  # of sound; longer clips are cut
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:
@@ -300,6 +301,7 @@ class Evaluation(Section):
     every: Count = 1  # rounds between the sites' releases; the last round always has one
     confidence_bins: int = Field(10, ge=1, le=100)
     quick_records: int = Field(0, ge=0)  # public test records scored between the first and last round; 0: all
+    generated_records: int = Field(0, ge=0)  # public test records that the model writes an answer to, in the last round
 
 
 class Hardware(Section):

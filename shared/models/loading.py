@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers.utils import logging as transformers_logging
@@ -17,12 +18,13 @@ from shared import tasks
 from shared.arrays import Arrays, digest
 from shared.arrays import read as read_arrays
 from shared.errors import ConfigError, ModelError
-from shared.models import trainable
+from shared.models import quantised, trainable
 from shared.models.networks import HEAD, Native, Network, Pooled, Whole
 from shared.models.sources import from_pretrained, locate
 from shared.run_config import RunConfig
 from shared.tasks.base import BUCKET, Batch, Task
 
+FEW = 4  # tokens of a record that is only to go through
 SHORT = 512  # tokens up to which plain attention is quicker on a CPU than torch's fused one, backwards by half
 
 
@@ -84,10 +86,13 @@ def load(config: RunConfig) -> LoadedModel:
             getattr(transformers, task.processor), folder, config.model.name, **task.processor_options
         )
         module = _network(folder, settings, config, task)
-        trainable.adapt(module, config.model)
+        task.fit(module.encoder, processor)
+        trainable.adapt(module, config.model, _head(module, task))
     if config.hardware.checkpointing:
         _checkpoint(module.encoder, config.model.name)
-    names = trainable.choose(module, config.model, _head(module, task))
+    names = trainable.choose(
+        module, config.model, _head(module, task), lambda: _try_out(module, task, processor, config.model.name)
+    )
     head = tuple(name for name in names if name.startswith(_head(module, task) or "\0"))
     if not head and config.phases.keys() - {"training"}:
         raise ConfigError(
@@ -99,6 +104,8 @@ def load(config: RunConfig) -> LoadedModel:
     exchanged = tuple(name for name in every if name in names or ".lora_A." in name)
     base = [name for name in every if name not in exchanged]
     loaded = LoadedModel(module, task, processor, names, exchanged, head, digest(read_arrays(module, base)))
+    if config.model.base == "4bit":
+        quantised.pack(module.encoder, {name.removeprefix("encoder.") for name in exchanged}, config.model.name)
     _check_inputs(loaded, config)
     return loaded
 
@@ -106,7 +113,7 @@ def load(config: RunConfig) -> LoadedModel:
 def _settings(folder: str, config: RunConfig, task: Task) -> Any:
     settings = from_pretrained(transformers.AutoConfig, folder, config.model.name)
     for name, value in settings.to_dict().items():
-        if isinstance(value, float) and ("dropout" in name or "drop" in name.split("_") or name.endswith("pdrop")):
+        if isinstance(value, float) and "drop" in name:
             setattr(settings, name, 0.0)
     if not torch.cuda.is_available() and config.task.max_length <= SHORT:
         settings._attn_implementation = "eager"
@@ -159,12 +166,24 @@ def _head(module: Network, task: Task) -> str | None:
 
 
 @torch.no_grad()
+def _try_out(module: Network, task: Task, processor: Any, name: str) -> None:
+    """Run the network on one short made-up record."""
+    record = task.made_up(FEW, np.random.default_rng(0).random, processor)
+    batch = task.collate([record], task.width(record), processor)
+    try:
+        module(**{name: batch[name] for name in task.inputs if name in batch})
+    except (IndexError, RuntimeError, ValueError):
+        raise ModelError(f"{name} does not take records of {task.name}; use a model for it.") from None
+
+
+@torch.no_grad()
 def _check_inputs(model: LoadedModel, config: RunConfig) -> None:
     """Refuse a model that some record could break: a site whose records decide whether it fails tells of them."""
     task, settings, name = model.task, config.task, config.model.name
-    if hasattr(model.processor, "get_vocab"):
+    tokenizer = getattr(model.processor, "tokenizer", model.processor)
+    if hasattr(tokenizer, "get_vocab"):
         embeddings = model.module.encoder.get_input_embeddings()  # type: ignore[operator]
-        highest = max(model.processor.get_vocab().values(), default=0)
+        highest = max(tokenizer.get_vocab().values(), default=0)
         if highest >= embeddings.num_embeddings:
             raise ModelError(
                 f"model.name={name!r} has {embeddings.num_embeddings} embeddings and its tokenizer gives token "
