@@ -27,9 +27,10 @@ from shared import records as shared_records
 from shared.errors import ConfigError, DataError, NotFoundError, PolicyError
 from shared.paths import home
 from shared.plan import SitePlan
+from shared.records import person
 from shared.run_config import RunConfig
 from simulations import vader
-from simulations.scenario import Scenario
+from simulations.scenario import Scenario, VirtualSite
 
 ROUNDING = 0.1  # a declared size may differ from the true one by this share
 
@@ -45,12 +46,12 @@ def prepare(scenario: Scenario, history: History) -> str:
     config, own = scenario.run_config(), _policy(scenario)
     records, test = _records(scenario)
     for site in scenario.sites:
-        held = len(records[site.name])
-        if abs(site.records - held) > ROUNDING * held:
+        held, size = _units(scenario, records[site.name])
+        if abs(site.units - held) > ROUNDING * held:
             raise ConfigError(
-                f"sites: {site.name!r} declares records={site.records} and holds {held}; declare its size rounded, as {_rounded(held)}."
+                f"sites: {site.name!r} declares {size}={site.units} and holds {held}; declare its size rounded, as {_rounded(held)}."
             )
-    configs = {site.name: _site(scenario, site.name, site.records, own) for site in scenario.sites}
+    configs = {site.name: _site(scenario, site, own) for site in scenario.sites}
     plans = {name: plan.make(config, site_config.dataset.card()) for name, site_config in configs.items()}
     models.load(config)  # a model that is missing, or of which nothing would be trained, is found out now
 
@@ -134,7 +135,7 @@ def _records(scenario: Scenario) -> tuple[dict[str, list[dict[str, Any]]], list[
     if test_file.exists():
         shared_records.read(test_file, task, identified=False)
     for site in scenario.sites:
-        data.read(_dataset(scenario, site.name, site.records, folder / f"{site.name}.jsonl"), task)
+        list(data.read(_dataset(scenario, site, folder / f"{site.name}.jsonl"), task))
     return {name: _read(folder / f"{name}.jsonl") for name in names}, _read(test_file) if test_file.exists() else []
 
 
@@ -152,16 +153,24 @@ def _policy(scenario: Scenario) -> policy.Policy:
     return scenario.policy.model_copy(update=allowed)
 
 
-def _site(scenario: Scenario, name: str, records: int, own: policy.Policy) -> Site:
-    dataset = _dataset(scenario, name, records, Path("records.jsonl"))
-    return Site(name=name, dataset=dataset, privacy=own, device="auto")
+def _units(scenario: Scenario, rows: list[dict[str, Any]]) -> tuple[int, str]:
+    """How many units a site's rows are of, and what these are called."""
+    column = scenario.data.unit_column
+    return (len(rows), "records") if column is None else (len({person(row[column]) for row in rows}), "persons")
 
 
-def _dataset(scenario: Scenario, name: str, records: int, path: Path) -> Dataset:
+def _site(scenario: Scenario, site: VirtualSite, own: policy.Policy) -> Site:
+    dataset = _dataset(scenario, site, Path("records.jsonl"))
+    return Site(name=site.name, dataset=dataset, privacy=own, device="auto")
+
+
+def _dataset(scenario: Scenario, site: VirtualSite, path: Path) -> Dataset:
     return Dataset(
-        id=f"{scenario.name}.{name}",
+        id=f"{scenario.name}.{site.name}",
         path=path,
-        records=records,
+        records=site.records,
+        persons=site.persons,
+        unit_column=scenario.data.unit_column,
         validation=scenario.data.validation,
         labels=scenario.task.labels,
     )

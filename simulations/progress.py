@@ -57,7 +57,7 @@ class Live:
         """Name the run, its sites and its promise."""
         self._console.print(f"[bold]{run.id}[/bold]: {run.rounds_planned} rounds over {len(sites)} sites")
         for site in sites:
-            said = clean(f"  {site.site}: dataset {site.dataset}, {site.records} records declared")
+            said = clean(f"  {site.site}: dataset {site.dataset}, {site.records} {site.unit}s declared")
             self._console.print(Text(said), soft_wrap=True)
         if not run.private:
             self._console.print("[bold red]This run is WITHOUT PRIVACY (epsilon inf): no noise is added.[/bold red]")

@@ -19,26 +19,38 @@ class Data(Section):
     """Where the virtual sites' records come from.
 
     `vader` is the built-in data set. `folder` holds one SITE.jsonl a site and an optional public test.jsonl, each line an
-    object with id, text and label.
+    object with the task's columns and an id. `unit_column` names the column that says whose a record is: the unit of privacy
+    is then the person, as in a site.toml.
     """
 
     source: Literal["vader", "folder"] = "vader"
     folder: Path | None = Field(None, strict=False)
     split_seed: int = 0  # which of a site's records are validation
     validation: float = Field(0.1, ge=0.01, le=0.5)
+    unit_column: str | None = None
 
     @model_validator(mode="after")
     def _folder_is_named(self) -> Self:
         if (self.source == "folder") != (self.folder is not None):
             raise ValueError("data.folder is needed with source='folder', and only then")
+        if self.unit_column is not None and self.source != "folder":
+            raise ValueError(
+                f"data.unit_column={self.unit_column!r} needs source='folder': the built-in data names no persons"
+            )
         return self
 
 
 class VirtualSite(Section):
-    """A site of the simulation: its name and the rounded size that it declares."""
+    """A site of the simulation: its name and the rounded size that it declares, in persons where they are the unit."""
 
     name: Name
-    records: int = Field(ge=10)
+    records: int | None = Field(None, ge=10)
+    persons: int | None = Field(None, ge=10)
+
+    @property
+    def units(self) -> int:
+        """The declared size."""
+        return self.records or self.persons or 0
 
 
 class Scenario(RunConfig):
@@ -53,6 +65,12 @@ class Scenario(RunConfig):
         names = [site.name for site in self.sites]
         if len(set(names)) != len(names):
             raise ValueError(f"sites={names} names a site twice")
+        size, other = ("records", "persons") if self.data.unit_column is None else ("persons", "records")
+        for site in self.sites:
+            if getattr(site, size) is None or getattr(site, other) is not None:
+                raise ValueError(
+                    f"sites: {site.name!r} declares its size as {size}=N, because data.unit_column={self.data.unit_column!r}"
+                )
         if self.federation.min_sites > len(names):
             raise ValueError(f"federation.min_sites={self.federation.min_sites} is above the {len(names)} sites")
         return self

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,12 +143,18 @@ def _data(site: Site, config: RunConfig | None) -> str:
 
     own = site.dataset
     task = tasks.of(config if config else _any(own.labels))
-    held = len({record.unit for record in data.read(own, task)})
-    if abs(own.records - held) > ROUNDING * held:
+    count = Counter(record.unit for record in data.read(own, task))
+    held = len(count)
+    if abs(own.units - held) > ROUNDING * held:
         raise DataError(
-            f"[dataset] records={own.records} and {own.path} holds {held}; declare its size rounded, within {ROUNDING:.0%}."
+            f"[dataset] {own.unit}s={own.units} and {own.path} holds {held}; declare its size rounded, within {ROUNDING:.0%}."
         )
-    return f"{own.path}: {held} records, each with its columns and a declared label; {own.records} are declared"
+    most = max(count.values())
+    whose = f" of {held} persons, at most {most} of one" if own.unit == "person" else ""
+    return (
+        f"{own.path}: {count.total()} records{whose}, each with its columns and a declared label; {own.units} {own.unit}s are "
+        "declared"
+    )
 
 
 def _any(labels: tuple[str, ...]) -> RunConfig:

@@ -30,7 +30,12 @@ def privacy() -> None:
 
 @privacy.command()
 @click.argument("scenario", metavar="[FILE]", required=False, type=click.Path(path_type=Path))
-@click.option("--records", metavar="N", multiple=True, help="A site's declared size, or NAME=N; once for each site.")
+@click.option(
+    "--records",
+    metavar="N",
+    multiple=True,
+    help="A site's declared size (persons, where they are the unit), or NAME=N; once each.",
+)
 @click.option("--rounds", metavar="N", type=click.IntRange(min=1), help="Rounds of training.")
 @click.option("--local-steps", metavar="N", type=click.IntRange(min=1), help="Noised steps of a site in a round [1].")
 @click.option("--batch", metavar="N", type=click.IntRange(min=1), help="Records a step, expected.")
@@ -97,7 +102,7 @@ def plan(scenario: Path | None, style: str, plot: Path | None, **given: Any) -> 
     help="The history's database; by default $MOONFLOWER_DATABASE, else history.db in Moonflower's home.",
 )
 def statement(run_id: str, ledgers: tuple[Path, ...], style: str, out: Path | None, database: str) -> None:
-    """State what a run guarantees to each record, from the releases that the history has recorded.
+    """State what a run guarantees to each record, or person, from the releases that the history has recorded.
 
     RUN is a run's id, a beginning of it that fits no other run, or `last`. A run that is not finished is stated
     so far. The exit code is 1 where the statement is in doubt: what the sites reported, or their ledgers hold, is

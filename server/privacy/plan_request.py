@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from shared.errors import ConfigError
 from shared.plan import DatasetCard
@@ -63,7 +63,19 @@ class _Policy(_Lenient):
 
 class _PlannedSite(_Lenient):
     name: str = Field(pattern=NAME_PATTERN)
-    records: int = Field(ge=10)
+    records: int | None = Field(None, ge=10)
+    persons: int | None = Field(None, ge=10)
+
+    @model_validator(mode="after")
+    def _it_has_one_size(self) -> Self:
+        if (self.records is None) == (self.persons is None):
+            raise ValueError(f"site {self.name!r} declares records, or persons where these are the unit of privacy")
+        return self
+
+    @property
+    def units(self) -> int:
+        """The declared size."""
+        return self.records or self.persons or 0
 
 
 class _File(RunConfig):
@@ -106,7 +118,7 @@ def read(path: Path | None, options: Options) -> PlanRequest:
     plan = parse(_File, values, source=path.name if path is not None else "the plan")
     _check(plan, path)
     config = RunConfig.model_validate({name: getattr(plan, name) for name in RunConfig.model_fields})
-    cards = tuple(DatasetCard(site.name, site.records, plan.data.validation) for site in plan.sites)
+    cards = tuple(DatasetCard(site.name, site.units, plan.data.validation, config.privacy.unit) for site in plan.sites)
     delta = plan.policy.delta or max(config.privacy.delta, LARGEST_DELTA)
     return PlanRequest(config, cards, plan.policy.max_epsilon, delta)
 
