@@ -6,39 +6,61 @@ breaks the declaration is an error with its number, before the site joins; the e
 
 import hashlib
 import hmac
+import inspect
+import json
 import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from client.site import Dataset
+from client.cache import Cache, references
+from client.digests import Digests
+from client.encoded import Writer
+from client.site import Dataset, Site, split_key
 from shared import records
 from shared.errors import DataError, let_interrupts_through
 from shared.examples import Examples
+from shared.media import Clip, Image
 from shared.records import Record
-from shared.tasks.base import Encoded, Task
+from shared.tasks.base import Chunks, Encoded, Task
 
 log = logging.getLogger("moonflower.site")
+
+PARTS = ("train", "validation")
+PACKAGES = (
+    "numpy",
+    "pillow",
+    "scipy",
+    "soundfile",
+    "tokenizers",
+    "transformers",
+)  # whose code makes numbers of a record
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A site's units by part. A unit, with all its records, is in one part for the dataset's whole life."""
+    """A site's units by part. A unit, with all its records, is in one part for the dataset's whole life.
+
+    `references` are the digests of the files that records name beside the data set's own.
+    """
 
     train: Examples
     validation: Examples
+    references: Mapping[str, str]
 
 
-def read(dataset: Dataset, task: Task) -> list[Record]:
-    """Read the records, each checked against what the site and the run declare.
+def read(dataset: Dataset, task: Task) -> Iterator[Record]:
+    """Read the records one after another, each checked against what the site and the run declare.
 
     Raises
     ------
     DataError
         Naming the row.
     """
-    return records.read(dataset.path, task, dataset.layout(), labels=dataset.labels)
+    return records.each(dataset.path, task, dataset.layout(), labels=dataset.labels)
 
 
 def is_validation(unit: str, key: bytes, share: float) -> bool:
@@ -47,43 +69,88 @@ def is_validation(unit: str, key: bytes, share: float) -> bool:
     return value < share * 2**64
 
 
-def load(dataset: Dataset, task: Task, key: bytes, processor: Any) -> Parts:
-    """Read, split and encode a site's records."""
-    parts: dict[bool, dict[str, list[Record]]] = {False: {}, True: {}}
-    for record in read(dataset, task):
-        part = parts[is_validation(record.unit, key, dataset.validation)]
-        part.setdefault(record.unit, []).append(record)
-    return Parts(
-        *(Examples.of(task, processor, _encoded(list(part.values()), task, processor)) for part in parts.values())
-    )
+def load(site: Site, task: Task, processor: Any, digests: Digests) -> Parts:
+    """Return a site's records, split and encoded: from its cache, or read and put there.
+
+    Raises
+    ------
+    DataError
+        Naming the row, where a record is at fault; or where the cache cannot be used.
+    """
+    dataset, key = site.dataset, split_key(site)
+    content = digests.of(dataset.path)
+
+    def make(folder: Path) -> set[Path]:
+        named = _encode(dataset, task, key, processor, folder)
+        if digests.of(dataset.path) != content:
+            raise DataError(f"{dataset.path} has changed while it was read; start when nothing writes to it any more.")
+        return named
+
+    entry = Cache(site.cache, dataset.id).get(content, _made_of(dataset, task, key, processor), digests, make)
+    train, validation = (Examples.open(task, processor, entry / part) for part in PARTS)
+    return Parts(train, validation, references(entry))
 
 
-def _encoded(units: Sequence[Sequence[Record]], task: Task, processor: Any) -> list[list[Encoded]]:
-    """Encode each record alone; one that the run's processor cannot take gets a stand-in.
+def _encode(dataset: Dataset, task: Task, key: bytes, processor: Any, folder: Path) -> set[Path]:
+    """Write both parts; return the files that the records name."""
+    strange, named = 0, set()
+    places = [folder / part for part in PARTS]
+    for place in places:
+        place.mkdir()
+    with Writer(places[0], task) as train, Writer(places[1], task) as validation:
+        for record in read(dataset, task):
+            encoded = _encoded(record, task, processor)
+            strange += encoded is None
+            writer = validation if is_validation(record.unit, key, dataset.validation) else train
+            writer.add(record.unit, task.stand_in(record.values) if encoded is None else encoded)
+            media = (value for value in record.values.values() if isinstance(value, Image | Clip))
+            named |= {value.source.path for value in media if value.source.path is not None}
+    if strange:
+        log.warning("the run's processor cannot take %d records", strange)
+    return named
+
+
+def _encoded(record: Record, task: Task, processor: Any) -> Encoded | Chunks | None:
+    """Encode a record alone; None where the run's processor cannot take it, for which it gets a stand-in.
 
     A refusal would tell the coordinator, which chose the processor, that there is such a record.
     """
-    strange = 0
-    found: list[list[Encoded]] = []
-    for unit in units:
-        found.append([])
-        for record in unit:
-            try:
-                encoded = task.encode(record.values, processor)
-            except Exception as error:  # whatever it is
-                let_interrupts_through(error)
-                strange += 1
-                encoded = task.stand_in(record.values)
-            found[-1].append(encoded)
-    if strange:
-        log.warning("the run's processor cannot take %d records", strange)
-    return found
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of the records' file: what a warm process checks before it trusts what it has encoded."""
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+        return task.encode(record.values, processor)
+    except Exception as error:  # whatever it is
+        let_interrupts_through(error)
+        return None
+
+
+def _made_of(dataset: Dataset, task: Task, key: bytes, processor: Any) -> str:
+    """Return a digest of what decides, beside the files, what is kept of the records: declaration, split, task and code."""
+    declared = dataset.model_dump(
+        mode="json", include={"labels", "columns", "label_names", "unit_column", "validation"}
+    )
+    said = [
+        json.dumps([declared, task.name, task.settings.model_dump(mode="json")], sort_keys=True),
+        hashlib.sha256(key).hexdigest(),
+        _processor_digest(processor),
+        *(f"{package} {version(package)}" for package in PACKAGES),
+        *_code(task),
+    ]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+
+def _processor_digest(processor: Any) -> str:
+    with tempfile.TemporaryDirectory() as place:
+        processor.save_pretrained(place)
+        for file in Path(place).glob("tokenizer.json"):  # how it last cut and padded is in there too
+            saved = json.loads(file.read_text(encoding="utf-8")) | {"truncation": None, "padding": None}
+            file.write_text(json.dumps(saved), encoding="utf-8")
+        return Digests().of(Path(place))
+
+
+def _code(task: Task) -> list[str]:
+    """Digests of the modules that a record goes through."""
+    here = Path(inspect.getfile(records)).parent
+    modules = {Path(__file__), Path(inspect.getfile(Writer)), here / "examples.py", here / "media.py"}
+    modules |= {*here.glob("record*.py"), *(here / "tasks").glob("*.py")}
+    modules |= {Path(inspect.getfile(kind)) for kind in type(task).__mro__[:-1] if kind.__module__ != "abc"}
+    digests = Digests()
+    return [f"{module.name} {digests.of(module)}" for module in sorted(modules)]

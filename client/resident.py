@@ -6,14 +6,16 @@ One model serves every site of a process: a site's turn only sets the trainable 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from threading import RLock
 
 from torch import Tensor
 
 from client import data, made_up
 from client.data import Parts
+from client.digests import Digests
 from client.privacy import probe
-from client.site import Site, split_key
+from client.site import Site
 from shared import arrays, models
 from shared.arrays import Arrays
 from shared.examples import Examples
@@ -30,7 +32,10 @@ class Resident:
 
     turn: RLock = field(default_factory=RLock)  # hold it while the model's arrays are one request's
     _model: tuple[str, LoadedModel] | None = None
-    _parts: dict[str, Parts] = field(default_factory=dict)
+    _digests: Digests = field(default_factory=Digests)
+    _parts: dict[str, tuple[str, Parts]] = field(
+        default_factory=dict
+    )  # each site's, as its files were when it was read
     _features: FeatureCache = field(default_factory=FeatureCache)
     _long: set[Part] = field(default_factory=set)  # parts whose features were probed at a text's full length
     probed: dict[str, Mode] = field(default_factory=dict)  # kinds of release that the probe has found right in full
@@ -62,13 +67,14 @@ class Resident:
             Naming the row at fault. It must stay at the site.
         """
         key = self._key(site)
-        if key not in self._parts:
+        held = self._parts.get(site.name)
+        if held is None or held[0] != key or self._digests.each(map(Path, held[1].references)) != held[1].references:
             model = self.model(config, site.device)
-            self._parts[key] = data.load(site.dataset, model.task, split_key(site), model.processor)
-        return self._parts[key]
+            held = self._parts[site.name] = (key, data.load(site, model.task, model.processor, self._digests))
+        return held[1]
 
     def _key(self, site: Site) -> str:
-        return f"{site.name} {data.file_digest(site.dataset.path)} {site.dataset!r} {site.split_key}"
+        return f"{self._digests.of(site.dataset.path)} {site.dataset!r} {site.split_key}"
 
     def features(self, site: Site, part: Part, examples: Examples, config: RunConfig, trained: Arrays) -> Tensor:
         """Return the features (rows, hidden_size) of a part under the encoder that `trained` gives.
@@ -90,8 +96,10 @@ class Resident:
             return features(model, examples, config.hardware)
 
         encoder = arrays.digest({name: array for name, array in trained.items() if not name.startswith(HEAD)})
-        name = f"{part} {config.hardware.precision} {self._key(site)}"
-        return self._features.get(name, encoder, probed)
+        key, parts = self._parts[site.name]  # those that `examples` are of, whatever the files are by now
+        return self._features.get(
+            f"{site.name} {part}", f"{encoder} {config.hardware.precision} {key} {parts.references!r}", probed
+        )
 
 
 @cache

@@ -102,12 +102,13 @@ class Coordinator(Section):
 
 
 class Site(Section):
-    """A whole site.toml. Relative paths are relative to the file."""
+    """A whole site.toml. Relative paths are relative to the file. What is in `cache` is as private as the records are."""
 
     name: Name  # public
     dataset: Dataset
     privacy: Policy
     ledger: Path = Field(Path("ledger.db"), strict=False)
+    cache: Path = Field(Path("cache"), strict=False)  # encoded records, mapped into memory; the site's own folder
     # Made at first use; decides for ever which records are validation.
     split_key: Path = Field(Path("split.key"), strict=False)
     device: str = "auto"
@@ -134,7 +135,8 @@ def load(path: Path, device: str | None = None) -> Site:
     site = parse(Site, read_toml(path), source=str(path))
     root = path.parent
     dataset = site.dataset.model_copy(update={"path": root / site.dataset.path})
-    changes: dict[str, Any] = {"dataset": dataset, "ledger": root / site.ledger, "split_key": root / site.split_key}
+    changes: dict[str, Any] = {"dataset": dataset}
+    changes |= {name: root / getattr(site, name) for name in ("ledger", "cache", "split_key")}
     if site.coordinator:
         own = site.coordinator
         paths = {name: root / getattr(own, name) for name in ("ca", "key", "state")}

@@ -62,7 +62,7 @@ def _folder(path: Path) -> Iterator[Row]:
     if (path / "state.json").exists():
         yield from _saved(path)
         return
-    files = list(_walk(path))
+    files = list(walk(path))
     media = [file for file in files if _medium(file)]
     if media:
         yield from _media(path, files)
@@ -85,8 +85,14 @@ def _saved(path: Path) -> Iterator[Row]:
         yield from _file(part)
 
 
-def _walk(path: Path) -> Iterator[Path]:
-    """Yield the files under a folder by their names; what begins with a dot is none of them."""
+def walk(path: Path) -> Iterator[Path]:
+    """Yield the files under a folder by their names; what begins with a dot is none of them.
+
+    Raises
+    ------
+    DataError
+        Where a folder is a link, or cannot be read.
+    """
     try:
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
     except OSError as error:
@@ -97,7 +103,7 @@ def _walk(path: Path) -> Iterator[Path]:
         if entry.is_symlink() and entry.is_dir():
             raise DataError(f"{entry.path} is a link to a folder; put the folder itself there.")
         if entry.is_dir():
-            yield from _walk(Path(entry.path))
+            yield from walk(Path(entry.path))
         else:
             yield Path(entry.path)
 
