@@ -1,33 +1,45 @@
-"""Which part of a model is trained: all, low-rank adapters, biases, or the head alone."""
+"""Which part of a model is trained: all, low-rank adapters, biases, its last layers, or the head alone."""
 
 import warnings
 from collections.abc import Callable
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from shared.errors import ModelError
+from shared.models import places
 from shared.models.networks import Network
 from shared.run_config import Model
 
+GROUPS = {
+    "all-linear": places.linear,
+    "attention": places.attention,
+}  # what one word of `model.lora.targets` stands for
 
-def adapt(module: Network, model: Model) -> None:
-    """Put the adapters of a LoRA run in.
+
+def adapt(module: Network, model: Model, head: str | None) -> None:
+    """Put the adapters of a LoRA run in; a head whose names begin with `head` gets none, because all of it is trained.
 
     Raises
     ------
     ModelError
-        Where they match no layer.
+        Where they match no layer, or have no singular vectors of their rank.
     """
     if model.trainable != "lora":
         return
     lora = model.lora
+    encoder: nn.Module = module.encoder
     layers = None if lora.layers is None else list(lora.layers)
-    targets = "all-linear" if lora.targets == ("all-linear",) else list(lora.targets)
+    targets = list(lora.targets)
+    if len(targets) == 1 and targets[0] in GROUPS:
+        own = None if head is None else head.removeprefix("encoder.")
+        targets = GROUPS[targets[0]](encoder, but=own)
     settings = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
+        use_rslora=lora.rslora,
         target_modules=targets,
         layers_to_transform=layers,
         lora_dropout=0.0,
@@ -36,36 +48,52 @@ def adapt(module: Network, model: Model) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # it is mended there
-            inject_adapter_in_model(settings, module.encoder)
+            inject_adapter_in_model(settings, encoder)
     except ValueError:
-        linear = sorted(
-            {name.rpartition(".")[2] for name, part in module.encoder.named_modules() if isinstance(part, nn.Linear)}
-        )
+        linear = sorted({name.rpartition(".")[2] for name in places.linear(encoder)})
         raise ModelError(
-            f"model.lora.targets={list(lora.targets)} (model.lora.layers={layers}) match no layer of {model.name}; its linear layers are {linear}."
+            f"model.lora.targets={list(lora.targets)} (model.lora.layers={layers}) match no layer of {model.name}; its linear "
+            f"layers are {linear}, and 'attention' or 'all-linear' stand for many."
         ) from None
     if lora.init == "svd":
-        parameters = dict(module.named_parameters())
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                if ".lora_A." in name:
-                    base = parameters[name.partition(".lora_A.")[0] + ".base_layer.weight"]
-                    parameter.copy_(torch.linalg.svd(base, full_matrices=False).Vh[: lora.rank])
+        _listen(module, model)
 
 
-def choose(module: Network, model: Model, head: str | None) -> tuple[str, ...]:
+@torch.no_grad()
+def _listen(module: Network, model: Model) -> None:
+    """Give each A the leading right singular vectors of its frozen weight."""
+    for name, part in module.named_modules():
+        if not (name.endswith(".lora_A.default") and isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d)):
+            continue
+        base = module.get_submodule(name.partition(".lora_A.")[0] + ".base_layer")
+        weight: Tensor = base.weight.t() if isinstance(base, Conv1D) else base.weight.flatten(1)  # type: ignore[operator]
+        rank, most = model.lora.rank, min(weight.shape)
+        if rank > most:
+            raise ModelError(
+                f"model.lora.rank={rank} is above {most}, the smaller side of {name.partition('.lora_A.')[0]!r} in {model.name}, "
+                "which has no more singular vectors; lower it, or set model.lora.init='random'."
+            )
+        vectors = torch.linalg.svd(weight, full_matrices=False).Vh[:rank]
+        part.weight.copy_(vectors.reshape(part.weight.shape))
+
+
+def choose(module: Network, model: Model, head: str | None, run: places.Run) -> tuple[str, ...]:
     """Let gradients reach what is trained, and return its names; those that begin with `head` always are.
+
+    `run` runs the network on one small record.
 
     Raises
     ------
     ModelError
-        Where there is nothing to train.
+        Where there is nothing to train, or the model has fewer layers.
     """
-    choices: dict[str, Callable[[str], bool]] = {
-        "lora": lambda name: ".lora_B." in name,
-        "full": lambda _: True,
-        "head": lambda _: False,
-        "bias": lambda name: name.endswith(".bias"),
+    last = _last(module, model, run) if model.trainable == "last" else set()
+    choices: dict[str, Callable[[str, nn.Parameter], bool]] = {
+        "lora": lambda name, _: ".lora_B." in name,
+        "full": lambda *_: True,
+        "head": lambda *_: False,
+        "bias": lambda name, _: name.endswith(".bias"),
+        "last": lambda _, parameter: parameter in last,
     }
 
     def of_head(name: str) -> bool:
@@ -73,7 +101,7 @@ def choose(module: Network, model: Model, head: str | None) -> tuple[str, ...]:
 
     wanted = choices[model.trainable]
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(of_head(name) or wanted(name))
+        parameter.requires_grad_(of_head(name) or wanted(name, parameter))
     names = tuple(name for name, parameter in module.named_parameters() if parameter.requires_grad)
     if not names:
         raise ModelError(f"model.trainable={model.trainable!r} leaves nothing to train in {model.name}; use 'lora'.")
@@ -82,3 +110,16 @@ def choose(module: Network, model: Model, head: str | None) -> tuple[str, ...]:
             f"model.trainable={model.trainable!r} leaves nothing to train in {model.name} but the head; use 'head' or 'lora'."
         )
     return names
+
+
+def _last(module: Network, model: Model, run: places.Run) -> set[nn.Parameter]:
+    """Parameters of the last layers, and of what comes after them."""
+    encoder: nn.Module = module.encoder
+    found = [layer for _, layer in places.layers(encoder)]
+    if model.last_layers > len(found):
+        raise ModelError(
+            f"model.last_layers={model.last_layers} is above the {len(found)} layers of {model.name}'s last stack; lower it, or "
+            "set model.trainable='full'."
+        )
+    own = {parameter for layer in found[-model.last_layers :] for parameter in layer.parameters()}
+    return own | set(places.after(encoder, found, run))
