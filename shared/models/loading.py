@@ -58,8 +58,10 @@ class LoadedModel:
         return self.module(**self.inputs(batch))
 
     def inputs(self, batch: Batch) -> Batch:
-        """What of a batch the network takes."""
-        return {name: batch[name] for name in self.task.inputs if name in batch}
+        """What of a batch the network takes; sounds and images in its own precision, which is double in the probe."""
+        kind = next(self.module.parameters()).dtype
+        given = {name: batch[name] for name in self.task.inputs if name in batch}
+        return {name: value.to(kind) if value.is_floating_point() else value for name, value in given.items()}
 
     def arrays(self) -> Arrays:
         """Copy of the exchanged arrays."""
