@@ -104,13 +104,14 @@ class Model(Section):
 class Task(Section):
     """What the model learns to do. Labels are public and declared, never read from a site's file.
 
-    `name` is one of `shared.tasks`. `multi_label` gives a record any number of labels instead of one. `max_length` and
-    `max_target_length` cut what is read and what is written.
+    `name` is one of `shared.tasks`. `multi_label` gives a record any number of labels instead of one; `pairs` two texts
+    instead of one. `max_length` and `max_target_length` cut what is read and what is written.
     """
 
     name: str = Field("text-classification", pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
     labels: tuple[str, ...] = Field((), strict=False)
     multi_label: bool = False
+    pairs: bool = False
     max_length: int = Field(96, ge=4, le=8192)  # tokens; longer texts are cut
     max_target_length: int = Field(64, ge=4, le=8192)  # tokens
     max_seconds: int = Field(30, ge=1, le=3600)  # of sound; longer clips are cut
