@@ -30,7 +30,7 @@ from shared.models import LoadedModel, autocast
 from shared.plan import SitePlan
 from shared.run_config import Gradients as Mode
 from shared.run_config import RunConfig
-from shared.tasks.base import Width
+from shared.tasks.base import Uniform, Width
 
 log = logging.getLogger("moonflower.site")
 
@@ -49,10 +49,18 @@ class Trained:
 
 
 class EncoderPass:
-    """Losses by running the whole model on records."""
+    """Losses by running the whole model on records.
 
-    def __init__(self, model: LoadedModel, examples: Examples, config: RunConfig) -> None:
+    Where records are changed at random, by the numbers that `uniform` gives, so many copies of each are rows of its unit: their
+    losses are averaged before the unit's one gradient is clipped.
+    """
+
+    def __init__(
+        self, model: LoadedModel, examples: Examples, config: RunConfig, uniform: Uniform | None = None
+    ) -> None:
         self.module: nn.Module = model.module
+        self._copies = config.augmentation.multiplicity
+        self._uniform = uniform if self._copies else None
         self._model, self._examples, self._config = model, examples, config
         self._device = model.module.device
 
@@ -62,9 +70,10 @@ class EncoderPass:
         if whole:
             each = 4 * sum(parameter.numel() for parameter in self.module.parameters() if parameter.requires_grad)
             rows = max(1, min(rows, GRADIENT_BYTES // each))
+        drawn = [[row for row in unit for _ in range(self._copies or 1)] for unit in drawn]
         for group in batches(self._examples, drawn, rows):
             units = [drawn[place] for place in group]
-            yield self._objective(self._examples, units, None, self._config.hardware.precision)
+            yield self._objective(self._examples, units, None, self._config.hardware.precision, self._uniform)
 
     def made_up(self, *, only_one_batch: bool = False) -> tuple[list[tuple[Sequence[int], Objective]], list[Objective]]:
         """Made-up units for the probe: padded side by side, and each alone; float32.
@@ -102,8 +111,15 @@ class EncoderPass:
         ]
         return together, alone
 
-    def _objective(self, examples: Examples, units: Sequence[Unit], width: Width | None, precision: str) -> Objective:
-        batch = collate(examples, units, self._device, width)
+    def _objective(
+        self,
+        examples: Examples,
+        units: Sequence[Unit],
+        width: Width | None,
+        precision: str,
+        uniform: Uniform | None = None,
+    ) -> Objective:
+        batch = collate(examples, units, self._device, width, uniform)
         names, rows = list(batch), len(units[0])
 
         def losses(*values: Tensor) -> Tensor:
@@ -189,7 +205,7 @@ def train(
         features = resident.features(site, "train", examples, config, request.arrays)
         objective: EncoderPass | HeadPass = HeadPass(model, features, examples)
     else:
-        objective = EncoderPass(model, examples, config)
+        objective = EncoderPass(model, examples, config, randomness.uniform)
     clipping = Clipping(phase.clipping_norm, config.privacy.clipping)
     size = sum(value.numel() for value in parameters.values())
     noisy = noise.choose(

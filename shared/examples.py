@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from shared.errors import EngineError
-from shared.tasks.base import Batch, Chunks, Encoded, Task, Width
+from shared.tasks.base import Batch, Chunks, Encoded, Task, Uniform, Width
 
 TOKENS = 64  # a micro-batch holds at most so many times its number of rows
 
@@ -156,12 +156,21 @@ def width(examples: Examples, unit: Unit) -> Width:
     return tuple(map(max, zip(*(examples.task.width(examples.row(row)) for row in unit), strict=True)))
 
 
-def collate(examples: Examples, units: Sequence[Unit], device: torch.device, padded: Width | None = None) -> Batch:
+def collate(
+    examples: Examples,
+    units: Sequence[Unit],
+    device: torch.device,
+    padded: Width | None = None,
+    uniform: Uniform | None = None,
+) -> Batch:
     """Put units of as many rows each side by side: tensors (B, ...), or (B, rows, ...) where a unit has several.
 
-    `padded` pads further than the units' own width (the probe does).
+    `padded` pads further than the units' own width (the probe does). `uniform` gives random numbers, by which each row is
+    changed as `augmentation` says.
     """
     rows = [examples.row(row) for unit in units for row in unit]
+    if uniform is not None:
+        rows = [examples.task.augmented(row, uniform, examples.processor) for row in rows]
     wide = (
         padded if padded is not None else tuple(map(max, zip(*(width(examples, unit) for unit in units), strict=True)))
     )
