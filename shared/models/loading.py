@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from shared import tasks
@@ -88,6 +89,7 @@ def load(config: RunConfig) -> LoadedModel:
             getattr(transformers, task.processor), folder, config.model.name, **task.processor_options
         )
         module = _network(folder, settings, config, task)
+        _check_apart(module, config.model.name)
         task.fit(module.encoder, processor)
         trainable.adapt(module, config.model, _head(module, task))
     if config.hardware.checkpointing:
@@ -150,13 +152,29 @@ def _check_loaded(encoder: Any, found: Any, name: str, task: Task) -> None:
     inner = f"{getattr(encoder, 'base_model_prefix', '')}."
     mismatched = [key[0] for key in found.get("mismatched_keys", ())]
     missing = sorted(key for key in [*found["missing_keys"], *mismatched] if "pooler" not in key)
-    if task.model == "native":
+    if task.model == "native" and hasattr(encoder, inner.removesuffix(".")):
         missing = [key for key in missing if key.startswith(inner)]
+    elif task.model == "native":  # no part of its own is the pretrained one: what is new is so in whole
+        lost = set(missing)
+        parts = {key.partition(".")[0] for key in encoder.state_dict()}
+        new = {part for part in parts if all(key in lost for key in encoder.state_dict() if key.startswith(f"{part}."))}
+        missing = [key for key in missing if new == parts or key.partition(".")[0] not in new]
     elif task.head:
         missing = [key for key in missing if not key.startswith(f"{task.head}.")]
     if missing:
         raise ModelError(
             f"model.name={name!r} lacks weights: {missing[0]!r} and {len(missing) - 1} more are not in its file."
+        )
+
+
+def _check_apart(module: Network, name: str) -> None:
+    """Refuse batch normalisation, by which a record's gradient depends on its neighbours: the probe would, and less plainly."""
+    found = [place for place, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    if found:
+        raise ModelError(
+            f"model.name={name!r} has batch normalisation ({found[0].removeprefix('encoder.')!r} and {len(found) - 1} more), which "
+            "mixes the records of a batch, so that clipping bounds none of them; use a model with layer or group normalisation, "
+            "such as ViT, Swin or ConvNeXt."
         )
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from shared.run_config import RunConfig
     from shared.tasks.base import Task
 
-_HELPERS = ("base", "classification", "tokens")  # modules here that are no task
+_HELPERS = ("base", "classification", "hearing", "tokens")  # modules here that are no task
 _REGISTERED: dict[str, type["Task"]] = {}
 
 
