@@ -1,9 +1,14 @@
-"""Scores from a histogram of predictions.
+"""Scores of a classifier from a histogram of predictions.
 
-A histogram counts records by (true label, predicted label, bin of the predicted label's probability),
-shape (C, C, K); the bins split [1/C, 1] evenly. It is all that a site releases of an evaluation: every
-score here is post-processing of it, and a sum of sites' histograms is a histogram. Where noise was
+With one label a record, a histogram counts records by (true label, predicted label, bin of the predicted label's
+probability), shape (C, C, K); the bins split [1/C, 1] evenly. With any number of labels it counts, for each label, records by
+(whether they have it, bin of its probability), shape (C, 2, K); the bins split [0, 1] evenly. It is all that a site releases
+of an evaluation: every score here is post-processing of it, and a sum of sites' histograms is a histogram. Where noise was
 added, a score carries the interval that the noise leaves.
+
+`f1`, `precision` and `recall` are means over labels (macro), `auc` is of the ROC curve and `pr_auc` average precision. What
+a histogram cannot tell is left out: with three labels or more it keeps the probability of the predicted label alone, so that
+there is no ROC curve of one against the rest; and with one label a record, micro F1, precision and recall all are the accuracy.
 """
 
 from collections.abc import Callable
@@ -13,9 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shared.curves import average_precision, calibration_error, roc_auc, share
+
 Counts = npt.NDArray[np.float64]
 DRAWS = 400  # noise patterns behind an interval
-CALIBRATION_GROUPS = 15
+VALUES = 2**22  # of draws side by side: a histogram of many labels takes fewer at once
+LOWEST = {"mcc": -1.0}  # of a score; 0 of any other
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ def label_cells(
 ) -> npt.NDArray[np.int64]:
     """Return each record's flat cells (N, C), one a label, in a histogram of `shape` (C, 2, K).
 
-    `probabilities` (N, C) are each label's own, `labels` (N, C) are 0 or 1; the bins split [0, 1] evenly.
+    `probabilities` (N, C) are each label's own, `labels` (N, C) are 0 or 1.
     """
     classes, _, bins = shape
     bin_of = np.clip(np.nan_to_num(probabilities * bins, nan=bins / 2), 0, bins - 1).astype(np.int64)
@@ -66,96 +74,118 @@ def count(probabilities: npt.NDArray[Any], labels: npt.NDArray[Any], bins: int) 
 
 
 def scores(counts: Counts, noise: float = 0.0) -> list[Score]:
-    """All scores of a classifier's histogram whose cells each carry Gaussian noise of deviation `noise`.
+    """All scores of a histogram (C, C, K) whose cells each carry Gaussian noise of deviation `noise`.
 
-    Accuracy; macro precision, recall and F1; expected calibration error; for two labels the area under
-    the ROC curve (ties within a bin count half). An interval comes from adding the same noise once more,
-    many times, and reading the spread around the score: it covers the noise, not the sampling of records.
+    Accuracy; macro F1, precision and recall; Matthews's correlation coefficient; expected calibration error; for two labels
+    the areas under the ROC and the precision-recall curve of the second one.
     """
-    return with_intervals(_all, counts, noise)
+    return with_intervals(_of_one, counts, noise)
+
+
+def label_scores(counts: Counts, noise: float = 0.0) -> list[Score]:
+    """All scores of a multi-label histogram (C, 2, K), noised likewise.
+
+    Micro and macro F1, precision and recall at a probability of one half; the mean over labels of the areas under their ROC
+    and precision-recall curves (over those that some records have and others have not) and of their calibration errors.
+    """
+    return with_intervals(_of_labels, counts, noise)
 
 
 def with_intervals(
     find: Callable[[Counts], dict[str, Counts]], counts: Counts, noise: float, *, highest: float = 1.0
 ) -> list[Score]:
-    """Scores that `find` makes of counts (..., *cells), each of shape (...), with the interval that the noise leaves."""
+    """Scores that `find` makes of counts (..., *cells), each of shape (...), with the interval that the noise leaves.
+
+    The interval comes from adding the same noise once more, many times, and reading the spread around the score: it covers
+    the noise, not the sampling of records. Beyond a bound there is no spread, and noise that spoils a ranking moves its score to
+    one side: the spread is that of the side to which the score moves further, and taken to both.
+    """
     values = {name: float(value) for name, value in find(counts).items()}
     if noise == 0:
         return [Score(name, value) for name, value in values.items()]
     # A fixed generator: this randomises a confidence interval, it protects nothing.
-    draws = find(counts + np.random.default_rng(0).normal(0, noise, (DRAWS, *counts.shape)))
-    spread = {name: 1.96 * float(np.std(drawn)) for name, drawn in draws.items()}
-    return [
-        Score(name, value, max(0.0, value - spread[name]), min(highest, value + spread[name]))
-        for name, value in values.items()
-    ]
+    random = np.random.default_rng(0)
+    drawn: dict[str, list[Counts]] = {name: [] for name in values}
+    at_once = max(1, min(DRAWS, VALUES // max(1, counts.size)))
+    for start in range(0, DRAWS, at_once):
+        noised = counts + random.normal(0, noise, (min(at_once, DRAWS - start), *counts.shape))
+        for name, found in find(noised).items():
+            drawn[name].append(found)
+    return [_bounded(name, value, np.concatenate(drawn[name]), highest) for name, value in values.items()]
 
 
-def label_scores(counts: Counts, noise: float = 0.0) -> list[Score]:
-    """Scores of a multi-label histogram (C, 2, K): label, whether a record has it, bin of its probability.
+def _bounded(name: str, value: float, drawn: Counts, highest: float) -> Score:
+    moved = drawn - value
+    sides = (np.sqrt(2 * np.mean(np.clip(side, 0, None) ** 2)) for side in (moved, -moved))
+    reach = 1.96 * float(max(sides))
+    return Score(name, value, max(LOWEST.get(name, 0.0), value - reach), min(highest, value + reach))
 
-    Micro and macro F1, precision and recall at a probability of one half.
-    """
-    return with_intervals(_of_labels, counts, noise)
+
+def _of_one(counts: Counts) -> dict[str, Counts]:
+    """Every score by name, each of shape (...), of histograms (..., C, C, K)."""
+    classes, _, bins = counts.shape[-3:]
+    confusion = counts.sum(-1)
+    right, total = np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum((-2, -1))
+    true, predicted = confusion.sum(-1), confusion.sum(-2)
+    precision, recall, f1 = _rates(right, predicted, true)
+    centres = 1 / classes + (1 - 1 / classes) * (np.arange(bins) + 0.5) / bins
+    found = {
+        "accuracy": share(right.sum(-1), total),
+        "f1": f1.mean(-1),
+        "precision": precision.mean(-1),
+        "recall": recall.mean(-1),
+        "mcc": _correlation(right.sum(-1), total, true, predicted),
+        "calibration_error": calibration_error(counts.sum((-3, -2)), np.einsum("...iik->...k", counts), centres),
+    }
+    if classes == 2:
+        # Ascending probability of label 1: predicted 0 from sure to unsure, then predicted 1 from unsure to sure.
+        ordered = np.concatenate([counts[..., 0, ::-1], counts[..., 1, :]], axis=-1)
+        negative, positive = ordered[..., 0, :], ordered[..., 1, :]
+        found |= {"auc": roc_auc(negative, positive), "pr_auc": average_precision(negative, positive)}
+    return found
 
 
 def _of_labels(counts: Counts) -> dict[str, Counts]:
-    half = counts.shape[-1] // 2
-    hits, wrong = counts[..., 1, half:].sum(-1), counts[..., 0, half:].sum(-1)  # (..., C)
-    held = counts[..., 1, :].sum(-1)
-    precision, recall = _share(hits, hits + wrong), _share(hits, held)
-    all_precision, all_recall = _share(hits.sum(-1), (hits + wrong).sum(-1)), _share(hits.sum(-1), held.sum(-1))
+    """Every score by name, each of shape (...), of histograms (..., C, 2, K)."""
+    bins = counts.shape[-1]
+    negative, positive = counts[..., 0, :], counts[..., 1, :]  # (..., C, K)
+    hits, held, absent = positive[..., _half(bins) :].sum(-1), positive.sum(-1), negative.sum(-1)
+    chosen = hits + negative[..., _half(bins) :].sum(-1)
+    precision, recall, f1 = _rates(hits, chosen, held)
+    every = _rates(hits.sum(-1), chosen.sum(-1), held.sum(-1))
+    ranked = (held > 0) & (absent > 0)
+
+    def mean_of_ranked(each: Counts) -> Counts:
+        return share((each * ranked).sum(-1), ranked.sum(-1).astype(np.float64))
+
+    off = calibration_error(negative + positive, positive, (np.arange(bins) + 0.5) / bins)
     return {
-        "f1_micro": _share(2 * all_precision * all_recall, all_precision + all_recall),
-        "f1": _share(2 * precision * recall, precision + recall).mean(-1),
+        "f1": f1.mean(-1),
+        "f1_micro": every[2],
         "precision": precision.mean(-1),
+        "precision_micro": every[0],
         "recall": recall.mean(-1),
+        "recall_micro": every[1],
+        "auc": mean_of_ranked(roc_auc(negative, positive)),
+        "pr_auc": mean_of_ranked(average_precision(negative, positive)),
+        "calibration_error": off.mean(-1),
     }
 
 
-def accuracy(counts: Counts) -> Counts:
-    """Share of records on the diagonal, shape (...)."""
-    return _share(np.trace(counts.sum(-1), axis1=-2, axis2=-1), counts.sum((-3, -2, -1)))
+def _half(bins: int) -> int:
+    """First bin of a probability of at least one half; of an odd number, the one in the middle counts as below."""
+    return (bins + 1) // 2
 
 
-def auc(counts: Counts) -> Counts:
-    """Area under the ROC curve of label 1 against label 0, from binned scores (Mann-Whitney, ties half), shape (...)."""
-    # Ascending probability of label 1: predicted 0 from sure to unsure, then predicted 1 from unsure to sure.
-    ordered = np.concatenate([counts[..., 0, ::-1], counts[..., 1, :]], axis=-1)
-    negative, positive = ordered[..., 0, :], ordered[..., 1, :]
-    below = np.cumsum(negative, axis=-1) - negative
-    return _share((positive * (below + negative / 2)).sum(-1), negative.sum(-1) * positive.sum(-1))
+def _rates(right: Counts, predicted: Counts, true: Counts) -> tuple[Counts, Counts, Counts]:
+    """Precision, recall and F1."""
+    precision, recall = share(right, predicted), share(right, true)
+    return precision, recall, share(2 * precision * recall, precision + recall)
 
 
-def calibration_error(counts: Counts) -> Counts:
-    """Mean gap between confidence and accuracy over at most 15 groups of bins (Guo et al. 2017, section 2), shape (...).
-
-    Finer groups would hold few records each, and count their chance as miscalibration.
-    """
-    classes, _, bins = counts.shape[-3:]
-    centres = 1 / classes + (1 - 1 / classes) * (np.arange(bins) + 0.5) / bins
-    right, held = np.einsum("...iik->...k", counts), counts.sum((-3, -2))
-    starts = np.unique(np.arange(CALIBRATION_GROUPS) * bins // CALIBRATION_GROUPS)
-    gaps = np.add.reduceat(right - centres * held, starts, axis=-1)
-    return _share(np.abs(gaps).sum(-1), counts.sum((-3, -2, -1)))
-
-
-def _all(counts: Counts) -> dict[str, Counts]:
-    """Every score by name, each of shape (...), of histograms (..., C, C, K)."""
-    precision, recall, f1 = _macro(counts)
-    found = {"accuracy": accuracy(counts), "f1": f1, "precision": precision, "recall": recall}
-    found["calibration_error"] = calibration_error(counts)
-    return found | ({"auc": auc(counts)} if counts.shape[-2] == 2 else {})
-
-
-def _macro(counts: Counts) -> tuple[Counts, Counts, Counts]:
-    confusion = counts.sum(-1)
-    right = np.diagonal(confusion, axis1=-2, axis2=-1)
-    precision, recall = _share(right, confusion.sum(-2)), _share(right, confusion.sum(-1))
-    f1 = _share(2 * precision * recall, precision + recall)
-    return precision.mean(-1), recall.mean(-1), f1.mean(-1)
-
-
-def _share(part: Counts, whole: Counts) -> Counts:
-    """`part / whole` within [0, 1]: noise can push a count below zero, and a rate has its bounds; 0 of nothing."""
-    return np.clip(np.divide(part, whole, out=np.zeros_like(whole), where=whole > 0), 0.0, 1.0)
+def _correlation(right: Counts, total: Counts, true: Counts, predicted: Counts) -> Counts:
+    """Matthews's correlation coefficient of any number of labels (Gorodkin 2004), within [-1, 1]; 0 where it has none."""
+    covariance = right * total - (true * predicted).sum(-1)
+    spreads = (total**2 - (true**2).sum(-1)) * (total**2 - (predicted**2).sum(-1))
+    known = spreads > 0
+    return np.clip(covariance / np.sqrt(np.where(known, spreads, 1.0)), -1.0, 1.0) * known

@@ -12,6 +12,8 @@ TITLES = {  # the most telling first
     "f1": "F1",
     "f1_micro": "micro F1",
     "auc": "AUC",
+    "pr_auc": "PR-AUC",
+    "mcc": "MCC",
     "token_accuracy": "token accuracy",
     "perplexity": "perplexity",
 }
