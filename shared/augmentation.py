@@ -25,7 +25,7 @@ def image(pixels: Pixels, how: Augmentation, uniform: Uniform) -> Pixels:
     """Return an image (H, W, 3) moved, mirrored or not, and in another light; of the same size."""
     draws = uniform(6)
     rows, columns = (_moved(side, how.crop, draw) for side, draw in zip(pixels.shape[:2], draws[:2], strict=True))
-    if how.flip and draws[2] < 0.5:  # noqa: PLR2004 - one of two
+    if how.flip and draws[2] < 0.5:
         columns = columns[::-1]
     changed = pixels[rows[:, None], columns]
     if not how.jitter:
@@ -35,7 +35,8 @@ def image(pixels: Pixels, how: Augmentation, uniform: Uniform) -> Pixels:
     middle = grey.mean()
     values = grey[..., None] + colour * (changed - grey[..., None])
     values = light * (middle + contrast * (values - middle))
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    lit: Pixels = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    return lit
 
 
 def _moved(side: int, share: float, draw: float) -> npt.NDArray[np.int64]:
@@ -57,4 +58,5 @@ def sound(samples: Samples, longest: int, rate: int, how: Augmentation, uniform:
     values = moved * 10 ** ((2 * louder - 1) * how.gain / 20)
     if how.noise:
         values = values + hiss * how.noise * LOUDEST * (2 * uniform(len(moved)) - 1)
-    return np.clip(np.rint(values), -LOUDEST, LOUDEST).astype(np.int16)
+    heard: Samples = np.clip(np.rint(values), -LOUDEST, LOUDEST).astype(np.int16)
+    return heard

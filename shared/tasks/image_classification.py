@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import PIL.Image
 import torch
-from PIL.Image import Image
 
 from shared import augmentation
 from shared.augmentation import Pixels
@@ -105,7 +105,7 @@ class ImageClassification(Classification):
         return {"pixels": np.full(self.size, VALUES - 1, dtype=np.uint8), **self.no_target()}
 
 
-def pixels(image: Image, processor: Any) -> Pixels:
+def pixels(image: PIL.Image.Image, processor: Any) -> Pixels:
     """Return an image as the processor resizes and crops it, (H, W, 3).
 
     Of a slender image only the middle is taken: an image of 1 x 80,000 pixels, made 224 high, would fill the memory.
@@ -116,7 +116,7 @@ def pixels(image: Image, processor: Any) -> Pixels:
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
     found = processor(image, return_tensors="np", **ARITHMETIC)["pixel_values"][0]
-    if found.ndim != 3 or found.shape[0] != 3:  # noqa: PLR2004 - colours, height, width
+    if found.ndim != 3 or found.shape[0] != 3:
         raise ValueError(f"the processor gives {found.shape}")
     return np.ascontiguousarray(np.moveaxis(np.rint(found), 0, -1).astype(np.uint8))
 
@@ -138,9 +138,7 @@ def _arithmetic(processor: Any) -> npt.NDArray[np.float32]:
     return table.astype(np.float32)
 
 
-def _made_up(size: tuple[int, int]) -> Image:
+def _made_up(size: tuple[int, int]) -> PIL.Image.Image:
     """An image of this (width, height) with all values of pixels."""
-    import PIL.Image
-
     count = size[0] * size[1] * 3
     return PIL.Image.fromarray((np.arange(count) * 7919 % VALUES).astype(np.uint8).reshape(size[1], size[0], 3))
