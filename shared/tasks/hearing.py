@@ -20,5 +20,5 @@ def shorten(encoder: Any, extractor: Any, seconds: int) -> None:
     inner = encoder.get_encoder()
     places = extractor.nb_max_frames // (inner.conv1.stride[0] * inner.conv2.stride[0])
     old = inner.embed_positions.weight
-    inner.embed_positions = nn.Embedding(*old[:places].shape, _weight=old.detach()[:places].clone(), _freeze=True)
+    inner.embed_positions = nn.Embedding.from_pretrained(old.detach()[:places].clone(), freeze=True)  # type: ignore[no-untyped-call]
     inner.max_source_positions = encoder.config.max_source_positions = inner.config.max_source_positions = places
