@@ -35,7 +35,8 @@ class Dataset(Section):
     """
 
     id: Name
-    path: Path = Field(strict=False)  # JSON lines: one object a record
+    path: Path = Field(strict=False)  # a file (.jsonl, .csv, .parquet, .arrow) or a folder
+    task: Name = "text-classification"
     records: int | None = Field(None, ge=10)
     persons: int | None = Field(None, ge=10)
     validation: float = Field(0.1, ge=0.01, le=0.5)
@@ -112,6 +113,7 @@ class Site(Section):
     # Made at first use; decides for ever which records are validation.
     split_key: Path = Field(Path("split.key"), strict=False)
     device: str = "auto"
+    threads: int | None = Field(None, ge=1, le=1024)  # of the processor; None: as many as torch takes
     coordinator: Coordinator | None = None
     _file: Path | None = PrivateAttr(None)  # where it was read from
     _device: str | None = PrivateAttr(None)  # instead of the file's

@@ -1,7 +1,7 @@
 """A run as its coordinator finds it on the disk: a folder.
 
 run.json      the run's id, its configuration, how many sites it has, and whether a daemon supervises it
-test.jsonl    the public test set; optional
+test.jsonl    the public test set; optional; a folder `test` where its records are images or clips of sound
 checkpoints/  the server's state after each round
 attempt.lock  held by the process that plays the run under Flower
 sites/        a simulated run's sites, each with its ledger
@@ -14,7 +14,8 @@ from pathlib import Path
 from shared.errors import ConfigError
 from shared.run_config import RunConfig, parse
 
-RUN_FILE, TEST_FILE, CHECKPOINTS, SITES, LOCK = "run.json", "test.jsonl", "checkpoints", "sites", "attempt.lock"
+RUN_FILE, CHECKPOINTS, SITES, LOCK = "run.json", "checkpoints", "sites", "attempt.lock"
+TEST_FILE, TEST_FOLDER = "test.jsonl", "test"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Job:
     run: str
     config: RunConfig
     checkpoints: Path
-    test_set: Path | None  # public test records, JSON lines
+    test_set: Path | None  # public test records: JSON lines, or a folder of images or clips
     sites: int = 0  # how many there are, where it is known: they are waited for, beyond federation.min_sites
     device: str = "auto"
     simulated: bool = False  # its sites lie in its own folder, ledgers and all
@@ -48,13 +49,14 @@ def load(folder: Path) -> Job:
             "path, as in: flwr run . --run-config 'run=\"PATH\"'."
         ) from None
     config = parse(RunConfig, config_values, source=str(folder / RUN_FILE))
-    test_set = folder / TEST_FILE
+    test_set = next((place for name in (TEST_FILE, TEST_FOLDER) if (place := folder / name).exists()), None)
     return Job(
         run,
         config,
         folder / CHECKPOINTS,
-        test_set if test_set.exists() else None,
+        test_set,
         sites=int(values.get("sites", 0)),
+        device=str(values.get("device", "auto")),
         simulated=(folder / SITES).is_dir(),
         supervised=bool(values.get("supervised", False)),
     )

@@ -22,6 +22,7 @@ from shared.errors import Fault
 
 # What pillow may take the bytes for: not EPS, say, for which it starts another program.
 IMAGES = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SOUNDS = {"WAV": ".wav", "WAVEX": ".wav", "FLAC": ".flac", "OGG": ".ogg", "MP3": ".mp3"}
 MOST_PIXELS = 80_000_000  # of an image: a small file may claim to be any size
 RATES = (1_000, 384_000)  # samples a second
 LONGEST = 3_600  # seconds of a clip
@@ -49,6 +50,7 @@ class Image:
 
     source: Source
     size: tuple[int, int]
+    suffix: str = ".png"  # of a file of its format
 
     def open(self) -> PIL.Image.Image:
         """Decode it, as RGB and upright; of several frames the first."""
@@ -63,6 +65,7 @@ class Clip:
     source: Source
     rate: int
     frames: int
+    suffix: str = ".wav"  # of a file of its format
 
     @property
     def seconds(self) -> float:
@@ -109,7 +112,7 @@ def image(value: Any, folder: Path) -> Image:
                     f"{_named(value)}is an image of floating-point pixels, whose range is unknown; save it as PNG"
                 )
             opened.load()
-            return Image(source, opened.size)
+            return Image(source, opened.size, f".{str(opened.format).lower()}")
     except Fault:
         raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
@@ -134,7 +137,9 @@ def clip(value: Any, folder: Path) -> Clip:
                 f"{_named(value)}is a clip that is cut off: it has {len(held)} bytes, and says that it has more"
             )
         with soundfile.SoundFile(io.BytesIO(held)) as opened:
-            rate, seconds = opened.samplerate, opened.frames / opened.samplerate
+            rate, kind, seconds = opened.samplerate, opened.format, opened.frames / opened.samplerate
+            if kind not in SOUNDS:
+                raise Fault(f"{_named(value)}is a clip of the format {kind}; save it as wav, flac, ogg or mp3")
             if not RATES[0] <= rate <= RATES[1]:
                 raise Fault(f"{_named(value)}has {rate} samples a second; it may have {RATES[0]} to {RATES[1]}")
             if seconds > LONGEST:
@@ -153,7 +158,7 @@ def clip(value: Any, folder: Path) -> Clip:
     said = value.get("sampling_rate") if isinstance(value, Mapping) else None
     if said is not None and said != rate:
         raise Fault(f"{_named(value)}is said to have {said} samples a second and has {rate}")
-    return Clip(source, rate, frames)
+    return Clip(source, rate, frames, SOUNDS[kind])
 
 
 def _source(value: Any, folder: Path, what: str) -> Source:

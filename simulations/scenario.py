@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from client.privacy.policy import Policy
 from client.site import Name
 from shared.errors import ConfigError
+from shared.records import Layout
 from shared.run_config import RunConfig, Section, parse, read_toml
 
 DEFAULT = "vader"
@@ -18,8 +19,9 @@ DEFAULT = "vader"
 class Data(Section):
     """Where the virtual sites' records come from.
 
-    `vader` is the built-in data set. `folder` holds one SITE.jsonl a site and an optional public test.jsonl, each line an
-    object with the task's columns and an id. `unit_column` names the column that says whose a record is: the unit of privacy
+    `vader` is the built-in data set. `folder` holds one SITE.jsonl (or .csv, .parquet, .arrow, or a folder SITE, of images
+    say) a site, and an optional public `test` in any of these forms. Each record has the task's columns and an id; `columns`
+    and `label_names` say where they are called otherwise, as in a site.toml. `unit_column` names the column that says whose a record is: the unit of privacy
     is then the person, as in a site.toml.
     """
 
@@ -28,6 +30,8 @@ class Data(Section):
     split_seed: int = 0  # which of a site's records are validation
     validation: float = Field(0.1, ge=0.01, le=0.5)
     unit_column: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+    label_names: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _folder_is_named(self) -> Self:
@@ -37,7 +41,13 @@ class Data(Section):
             raise ValueError(
                 f"data.unit_column={self.unit_column!r} needs source='folder': the built-in data names no persons"
             )
+        if (self.columns or self.label_names) and self.source != "folder":
+            raise ValueError("data.columns and data.label_names need source='folder': the built-in data has its own")
         return self
+
+    def layout(self) -> Layout:
+        """How the files are to be read."""
+        return Layout(self.columns, self.label_names, self.unit_column)
 
 
 class VirtualSite(Section):

@@ -19,9 +19,9 @@ import psutil
 
 from client.node.coordinator import AHEAD, Knock, knock
 from client.node.node import connection
-from client.site import Coordinator, Site
+from client.site import Coordinator, Dataset, Site
 from shared import tasks
-from shared.errors import DataError, MoonflowerError, NotFoundError
+from shared.errors import ConfigError, DataError, MoonflowerError, NotFoundError
 from shared.run_config import RunConfig, parse, read_toml
 
 ROUNDING = 0.1  # a declared size may differ from the true one by this share
@@ -126,14 +126,17 @@ def _door(own: Coordinator) -> list[tuple[str, Callable[[], str]]]:
 def _any_run(site: Site) -> RunConfig | None:
     """Return a run of the one model that the site allows by name, or None where there are more, or patterns."""
     models = site.privacy.models
-    if len(models) != 1 or PATTERN.search(models[0]) or len(site.dataset.labels) < 2:
+    if len(models) != 1 or PATTERN.search(models[0]) or len(site.dataset.labels) == 1:
         return None
+    try:
+        phases = ("warm_start", "training") if tasks.of(_any(site.dataset)).features else ("training",)
+    except ConfigError:
+        return None  # what is read of the data says what is wrong
     values = {
         "model": {"name": models[0]},
-        "task": {"labels": list(site.dataset.labels), "max_length": TOKENS},
-        "warm_start": {"rounds": 1, "sampling_rate": 0.1},
-        "training": {"rounds": 1, "sampling_rate": 0.1},
+        "task": {"name": site.dataset.task, "labels": list(site.dataset.labels), "max_length": TOKENS},
         "privacy": {"epsilon": site.privacy.max_run_epsilon, "delta": site.privacy.delta},
+        **{phase: {"rounds": 1, "sampling_rate": 0.1} for phase in phases},
     }
     return parse(RunConfig, values, source="the trial run")
 
@@ -142,7 +145,7 @@ def _data(site: Site, config: RunConfig | None) -> str:
     from client import data
 
     own = site.dataset
-    task = tasks.of(config if config else _any(own.labels))
+    task = tasks.of(config if config else _any(own))
     count = Counter(record.unit for record in data.read(own, task))
     held = len(count)
     if abs(own.units - held) > ROUNDING * held:
@@ -151,16 +154,21 @@ def _data(site: Site, config: RunConfig | None) -> str:
         )
     most = max(count.values())
     whose = f" of {held} persons, at most {most} of one" if own.unit == "person" else ""
+    labelled = " and a declared label" if own.labels else ""
     return (
-        f"{own.path}: {count.total()} records{whose}, each with its columns and a declared label; {own.units} {own.unit}s are "
-        "declared"
+        f"{own.path}: {count.total()} records{whose} of {own.task}, each with its columns{labelled}; {own.units} {own.unit}s "
+        "are declared"
     )
 
 
-def _any(labels: tuple[str, ...]) -> RunConfig:
-    """A run that these labels fit, where none is named."""
-    known = labels if len(labels) > 1 else (*labels, "another label")
-    values = {"model": {"name": "any"}, "task": {"labels": list(known)}, "training": {"rounds": 1, "batch_size": 1}}
+def _any(own: Dataset) -> RunConfig:
+    """A run that this data set fits, where none is named."""
+    labels = [*own.labels, "another label"] if len(own.labels) == 1 else list(own.labels)
+    values = {
+        "model": {"name": "any"},
+        "task": {"name": own.task, "labels": labels},
+        "training": {"rounds": 1, "batch_size": 1},
+    }
     return parse(RunConfig, values, source="the trial run")
 
 

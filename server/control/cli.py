@@ -99,7 +99,7 @@ def run() -> None:
     click.option(
         "--test-set",
         type=click.Path(path_type=Path, dir_okay=False),
-        help="Public test records, JSON lines of text and label, which the coordinator scores each round.",
+        help="Public test records, JSON lines with the task's columns, which the coordinator scores each round.",
     )
 )
 def submit(config: Path, test_set: Path | None, style: Format, **where: Any) -> None:
@@ -108,6 +108,10 @@ def submit(config: Path, test_set: Path | None, style: Format, **where: Any) -> 
     Example: moonflower run submit run.toml --test-set test.jsonl
     """
     text = _read(config).decode("utf-8-sig", errors="replace")
+    if test_set is not None and test_set.suffix.lower() in (".csv", ".parquet", ".arrow"):
+        raise ConfigError(
+            f"--test-set={str(test_set)!r} is no JSON lines; write it so, a row an object with the task's columns."
+        )
     records = None if test_set is None else _read(test_set)
     with _client(**where) as client:
         submitted = client.submit(text, records)

@@ -19,6 +19,7 @@ from server.history.store import History
 from server.job import CHECKPOINTS, RUN_FILE, TEST_FILE
 from shared import __version__, records, tasks
 from shared.errors import ConfigError, DataError, NotFoundError
+from shared.record_files import MEDIA
 from shared.run_config import RunConfig, parse
 
 SOURCE = "run.toml"  # what messages call the configuration that was sent
@@ -136,7 +137,13 @@ def _sync(place: Path) -> None:
 
 
 def _check(file: Path, config: RunConfig) -> None:
+    task = tasks.of(config)
+    if any(column.kind in MEDIA for column in task.columns.values()):
+        raise ConfigError(
+            f"task.name={config.task.name!r} has its records in files of their own, which a submission does not carry; submit "
+            "the run without a test set: the sites' scores are released all the same."
+        )
     try:
-        records.read(file, tasks.of(config), identified=False)
+        records.read(file, task, identified=False)
     except DataError as error:
         raise DataError(str(error).replace(str(file), TEST_FILE)) from None

@@ -98,13 +98,24 @@ class Dataset(Section):
 
     id: Name
     path: str
-    records: int = Field(ge=10)
-    labels: Annotated[Texts, Field(min_length=1)]
+    records: int | None = Field(None, ge=10)
+    persons: int | None = Field(None, ge=10)
+    task: str | None = None
+    labels: Texts | None = None
     validation: float | None = None
     columns: dict[str, str] | None = None
     label_names: dict[str, str] | None = None
     unit_column: str | None = None
     shares_no_records_with: Texts | None = None
+
+    @model_validator(mode="after")
+    def _its_size_is_in_units(self) -> Self:
+        size, other = ("records", "persons") if self.unit_column is None else ("persons", "records")
+        if getattr(self, size) is None or getattr(self, other) is not None:
+            raise ValueError(
+                f"dataset: {self.id!r} declares its size as {size}=N, because unit_column={self.unit_column!r}"
+            )
+        return self
 
 
 class Privacy(Section):

@@ -174,7 +174,9 @@ def new_desk(new_site: Callable[..., Site], new_config: Callable[..., RunConfig]
         name: str = "clinic",
         **more: Any,
     ) -> Desk:
-        return Desk(new_site(name, rows, **(site or {})), new_config(**(config or {})), **more)
+        run = new_config(**(config or {}))
+        own = merged({"dataset": {"task": run.task.name}}, site or {})
+        return Desk(new_site(name, rows, **own), run, **more)
 
     return make
 

@@ -8,6 +8,7 @@ import pytest
 from client import data, site
 from server.history.store import History
 from server.job import load
+from shared import records, tasks
 from shared.errors import ConfigError
 from shared.run_config import RunConfig
 from simulations import prepare, scenario
@@ -102,10 +103,12 @@ def test_a_text_with_any_character_is_one_record(history, tiny_scenario, tmp_pat
     read = scenario.load(str(folder / "tiny.toml"), {})
     run = prepare.prepare(read, history)
     north = site.load(prepare.Path(str(prepare.site_files(run)[1]["site"])))
-    records = data.read(north.dataset, read.task)
-    assert len(records) == 60
-    assert records[3].text == f"good{held}bad"
-    assert prepare.public_test.read(prepare.run_folder(run) / "test.jsonl", read.task)[0][3] == f"good{held}bad"
+    task = tasks.of(read)
+    found = list(data.read(north.dataset, task))
+    assert len(found) == 60
+    assert found[3].values["text"] == f"good{held}bad"
+    test = records.read(prepare.run_folder(run) / "test.jsonl", task, identified=False)
+    assert test[3].values["text"] == f"good{held}bad"
 
 
 def test_a_run_that_cannot_be_entered_leaves_no_folder(history, tiny_scenario, moonflower_home):
