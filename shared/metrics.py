@@ -188,4 +188,5 @@ def _correlation(right: Counts, total: Counts, true: Counts, predicted: Counts) 
     covariance = right * total - (true * predicted).sum(-1)
     spreads = (total**2 - (true**2).sum(-1)) * (total**2 - (predicted**2).sum(-1))
     known = spreads > 0
-    return np.clip(covariance / np.sqrt(np.where(known, spreads, 1.0)), -1.0, 1.0) * known
+    found: Counts = np.clip(covariance / np.sqrt(np.where(known, spreads, 1.0)), -1.0, 1.0) * known
+    return found

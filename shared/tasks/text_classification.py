@@ -90,9 +90,9 @@ class TextClassification(Classification):
     def collate(self, records: Sequence[Encoded], width: Width, processor: Any) -> Batch:  # noqa: ARG002 - as the base's
         """Pad ids (B, T) on the right, with a mask."""
         ids = [record["input_ids"] for record in records]
-        batch = {"input_ids": pad(ids, *width, self._filler).long(), "attention_mask": mask(ids, *width)}
+        batch = {"input_ids": pad(ids, width[0], self._filler).long(), "attention_mask": mask(ids, width[0])}
         if self._typed:
-            batch["token_type_ids"] = pad([record["token_type_ids"] for record in records], *width).long()
+            batch["token_type_ids"] = pad([record["token_type_ids"] for record in records], width[0]).long()
         return batch | self.targets(records)
 
     def made_up(self, length: int, uniform: Uniform, processor: Any) -> Encoded:
