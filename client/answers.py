@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import ValidationError
 
 from client import evaluation, training
@@ -22,7 +23,7 @@ from client.privacy.ledger import PARTS, Ledger, Part, Question
 from client.privacy.randomness import Keystream
 from client.resident import Resident
 from client.site import Site, reread, split_key
-from shared import messages, models, plan
+from shared import imbalance, messages, models, plan
 from shared.accounting import Release, epsilon
 from shared.arrays import Arrays, same_shapes
 from shared.errors import ConfigError, DataError, EngineError, RefusedError
@@ -65,6 +66,8 @@ def answer(resident: Resident, site: Site, kind: Kind, request: Request, randomn
     planned = plan.make(config, site.dataset.card())
     policy.check(site.privacy, config, planned, site.dataset.id)
     with resident.turn, open_ledger(site) as ledger:
+        if site.threads is not None:
+            torch.set_num_threads(site.threads)
         if (known := ledger.state(request.run, "plan")) is not None:
             _same(known, _plan_digest(config, planned), request.run)
         if isinstance(request, JoinRequest):
@@ -124,7 +127,7 @@ def _configuration(request: Request) -> RunConfig:
 
 
 def check_declared(site: Site, config: RunConfig) -> None:
-    """Refuse a run of another coordinator, or without this site's labels: by what the site declares, never by its file.
+    """Refuse a run of another coordinator or task, or without this site's labels: by what is declared, never by its file.
 
     Raises
     ------
@@ -136,6 +139,16 @@ def check_declared(site: Site, config: RunConfig) -> None:
         raise RefusedError(
             f"federation.coordinator={config.federation.coordinator!r} is not {site.coordinator.name!r}, the coordinator that "
             "this site is connected to (site.toml, [coordinator] name)."
+        )
+    if config.task.name != site.dataset.task:
+        raise RefusedError(
+            f"task.name={config.task.name!r} is not {site.dataset.task!r}, which this site's dataset {site.dataset.id!r} is for "
+            "(site.toml, [dataset] task)."
+        )
+    if config.task.labels and not site.dataset.labels:
+        raise RefusedError(
+            f"task.name={config.task.name!r} has labels, and this site declares none for dataset {site.dataset.id!r} "
+            "(site.toml, [dataset] labels)."
         )
     lacking = [label for label in site.dataset.labels if label not in config.task.labels]
     if lacking:
@@ -212,6 +225,8 @@ def _release(
         unbounded = site.privacy.allow_non_private
         with ledger.reserve(question, release, allow_unbounded=unbounded):
             _check_shapes(resident.model(config, site.device), request.arrays)
+            if isinstance(request, TrainRequest) and (fault := imbalance.fault(request.weights, config)) is not None:
+                raise RefusedError(fault)
             _same(ledger.pin(request.run, "plan", now := _plan_digest(config, planned)), now, request.run)
             _check_split(site, ledger)
             spent = epsilon([*ledger.run_releases(request.run, part), release], config.privacy.delta)

@@ -8,8 +8,10 @@ adds noise, divides by the public expected batch, and moves the arrays. What com
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ from client.privacy.noise import Discrete
 from client.privacy.randomness import Keystream
 from client.resident import Resident
 from client.site import Site
-from shared import arrays
+from shared import arrays, imbalance
 from shared.accounting import Mechanism
 from shared.arrays import Arrays
 from shared.errors import EngineError, SensitivityError
@@ -34,7 +36,9 @@ from shared.tasks.base import Uniform, Width
 
 log = logging.getLogger("moonflower.site")
 
+SCALE = 2.0**10  # of losses in float16: divided out again by the clipping, which loses nothing of a power of two
 HEAD_BATCH = 4096  # cached features side by side
+FEW = 3  # rows of a made-up unit, the most
 GRADIENT_BYTES = 2**31  # of per-record gradients side by side, where they are made whole: fewer records, if need be
 
 
@@ -52,13 +56,18 @@ class EncoderPass:
     """Losses by running the whole model on records.
 
     Where records are changed at random, by the numbers that `uniform` gives, so many copies of each are rows of its unit: their
-    losses are averaged before the unit's one gradient is clipped.
+    losses are averaged before the unit's one gradient is clipped. Under `hardware.precision = "float16"` the losses are `scale`
+    times as large, because gradients on their way back through layers of 16 bits vanish below 6e-8. The scale is a public
+    constant, the same for every record, and the clipping divides it out again.
     """
+
+    weights: Tensor | None = None  # of labels, as the request gives them
 
     def __init__(
         self, model: LoadedModel, examples: Examples, config: RunConfig, uniform: Uniform | None = None
     ) -> None:
         self.module: nn.Module = model.module
+        self.scale = SCALE if config.hardware.precision == "float16" else 1.0
         self._copies = config.augmentation.multiplicity
         self._uniform = uniform if self._copies else None
         self._model, self._examples, self._config = model, examples, config
@@ -81,35 +90,41 @@ class EncoderPass:
         All batches of `client.made_up` and one as wide as a record can be, or a short one, drawn by lot. Where a unit can
         have several rows, there is a batch of such units too.
         """
-        chosen = [([made_up.LENGTHS[number] for number in group], width) for group, width in made_up.TOGETHER]
+        chosen = [(1, [made_up.LENGTHS[number] for number in group], width) for group, width in made_up.TOGETHER]
+        if self._rows() > 1:
+            chosen += [(rows, list(each), width) for rows, each, width in made_up.SEVERAL if rows <= self._rows()]
         longest = made_up.longest(self._model)
-        if only_one_batch or not longest:  # of several records: one alone shows nothing of what couples them
-            chosen = [batch for batch in chosen if len(batch[0]) > 1]
+        if only_one_batch or not longest:  # of several units: one alone shows nothing of what couples them
+            chosen = [batch for batch in chosen if len(batch[1]) > batch[0]]
         if only_one_batch:
             chosen = [chosen[int(Keystream.from_system().uniform(1)[0] * len(chosen))]]
         elif longest:
-            chosen.append(([longest, longest - 5], longest))
-        rows = [1] * len(chosen)  # of a unit
-        if not only_one_batch and (self._model.task.chunks or self._config.privacy.records_per_unit > 1):
-            chosen.append(made_up.SEVERAL)
-            rows.append(made_up.ROWS)
-        lengths = [length for each, _ in chosen for length in each]
+            chosen.append((1, [longest, longest - 5], longest))
+        lengths = [length for _, each, _ in chosen for length in each]
         with probe.stateless(self.module):
             examples = made_up.examples(self._model, lengths)
         padded = self._model.task.padded
         together: list[tuple[Sequence[int], Objective]] = []
         units: list[Unit] = []
         first = 0
-        for (each, width), several in zip(chosen, rows, strict=True):
-            added = [range(row, row + several) for row in range(first, first + len(each), several)]
+        for rows, each, width in chosen:
+            added = [range(row, row + rows) for row in range(first, first + len(each), rows)]
             first += len(each)
             numbers = range(len(units), len(units) + len(added))
             together.append((numbers, self._objective(examples, added, padded(width), "float32")))
             units.extend(added)
-        alone = [
-            self._objective(examples, [unit], padded(max(lengths[row] for row in unit)), "float32") for unit in units
-        ]
-        return together, alone
+        return together, [self._alone(examples, unit, lengths) for unit in units]
+
+    def _rows(self) -> int:
+        """How many rows a unit can have in a step, for the probe: its engine sees them at once."""
+        copies = max(1, self._config.augmentation.multiplicity)
+        return FEW if self._model.task.chunks else self._config.privacy.records_per_unit * copies
+
+    def _alone(self, examples: Examples, unit: Unit, lengths: Sequence[int]) -> Objective:
+        """Loss (1,) of a unit by itself: the mean of its rows', each of them run alone and unpadded."""
+        padded = self._model.task.padded
+        rows = [self._objective(examples, [(row,)], padded(lengths[row]), "float32") for row in unit]
+        return rows[0] if len(rows) == 1 else _mean(rows)
 
     def _objective(
         self,
@@ -128,16 +143,30 @@ class EncoderPass:
                 given = {name: value.flatten(0, 1) for name, value in given.items()}
             with autocast(self._device, precision):
                 outputs = self._model.outputs(given)
-            each = self._model.task.losses(outputs, given)
+            each = self._model.task.objective(outputs, given, self.weights)
+            each = each * self.scale if precision == "float16" else each
             return each if rows == 1 else each.reshape(-1, rows).mean(1)
 
         return Objective(tuple(batch.values()), losses)
 
 
-class HeadPass:
-    """Losses by running the head alone on features that no longer change."""
+def _mean(rows: Sequence[Objective]) -> Objective:
+    """Mean loss (1,) of objectives of one row each, run one after another."""
 
-    def __init__(self, model: LoadedModel, features: Tensor, examples: Examples) -> None:
+    def losses(_: Tensor) -> Tensor:
+        return torch.stack([row.run() for row in rows]).mean(0)
+
+    return Objective((rows[0].inputs[0],), losses)
+
+
+class HeadPass:
+    """Losses by running the head alone on features that no longer change; a unit has at most `rows` of them in a step."""
+
+    weights: Tensor | None = None  # of labels, as the request gives them
+    scale = 1.0
+
+    def __init__(self, model: LoadedModel, features: Tensor, examples: Examples, rows: int = 1) -> None:
+        self._rows = rows
         self.module: nn.Module = model.module.head
         self._weight = model.module.head.weight
         self._task, self._features, self._examples = model.task, features, examples
@@ -155,23 +184,32 @@ class HeadPass:
                 yield self._objective(self._features[rows], self._targets[rows])
 
     def made_up(self, *, only_one_batch: bool = False) -> tuple[list[tuple[Sequence[int], Objective]], list[Objective]]:  # noqa: ARG002
-        """Made-up features for the probe: side by side, and each alone. One batch is all there is."""
-        width = self._features.shape[1]
-        drawn = Keystream.from_system().normal(4 * width).reshape(4, width)
+        """Made-up features for the probe: side by side, and each alone; and units of two rows and three, if units have so many."""
+        counts = [1, 1, 1, 1, *(rows for rows in (2, 2, 3, 3) if rows <= self._rows)]
+        width, ends = self._features.shape[1], list(accumulate(counts))
+        drawn = Keystream.from_system().normal(ends[-1] * width).reshape(-1, width)
         features = torch.from_numpy(drawn).float().to(self._features.device)
-        features *= torch.tensor([[1.0], [0.1], [10.0], [1.0]], device=features.device)
+        features[:4] *= torch.tensor([[1.0], [0.1], [10.0], [1.0]], device=features.device)
         with torch.no_grad():
             unlikely = self._task.unlikely(self.module(features), {})["labels"]  # as in `client.made_up`
         labels = torch.from_numpy(unlikely).to(features.device)
-        together: list[tuple[Sequence[int], Objective]] = [(range(4), self._objective(features, labels))]
-        return together, [self._objective(features[n : n + 1], labels[n : n + 1]) for n in range(4)]
+        rows = [list(range(end - count, end)) for count, end in zip(counts, ends, strict=True)]
+        together: list[tuple[Sequence[int], Objective]] = []
+        for each in sorted(set(counts)):
+            numbers = [number for number, count in enumerate(counts) if count == each]
+            place = torch.tensor([rows[number] for number in numbers], device=features.device)
+            place = place.squeeze(1) if each == 1 else place
+            together.append((numbers, self._objective(features[place], labels[place])))
+        single = [self._objective(features[n : n + 1], labels[n : n + 1]) for n in range(len(features))]
+        return together, [single[unit[0]] if len(unit) == 1 else _mean([single[n] for n in unit]) for unit in rows]
 
     def _objective(self, features: Tensor, targets: Tensor) -> Objective:
         def losses(features: Tensor, targets: Tensor) -> Tensor:
             several = features.dim() > 2  # rows of a unit
             rows = features.shape[1] if several else 1
             given = (features.flatten(0, 1), targets.flatten(0, 1)) if several else (features, targets)
-            each = self._task.losses(self.module(given[0].to(self._weight.dtype)), {"labels": given[1]})
+            logits = self.module(given[0].to(self._weight.dtype))
+            each = self._task.objective(logits, {"labels": given[1]}, self.weights)
             return each.reshape(-1, rows).mean(1) if several else each
 
         return Objective((features, targets), losses)
@@ -203,10 +241,12 @@ def train(
     examples = resident.parts(site, config).train
     if model.cached(trained):
         features = resident.features(site, "train", examples, config, request.arrays)
-        objective: EncoderPass | HeadPass = HeadPass(model, features, examples)
+        objective: EncoderPass | HeadPass = HeadPass(model, features, examples, config.privacy.records_per_unit)
     else:
         objective = EncoderPass(model, examples, config, randomness.uniform)
-    clipping = Clipping(phase.clipping_norm, config.privacy.clipping)
+    if request.weights:
+        objective.weights = torch.from_numpy(request.weights[imbalance.WEIGHTS]).to(model.module.device)
+    clipping = Clipping(phase.clipping_norm, config.privacy.clipping, objective.scale)
     size = sum(value.numel() for value in parameters.values())
     noisy = noise.choose(
         config.privacy,
@@ -219,7 +259,8 @@ def train(
     velocity = {parameter: torch.zeros_like(value) for parameter, value in parameters.items()}
     with Gradients(objective.module, parameters, config.hardware.gradients) as gradients:
         rounded = isinstance(noisy, Discrete)
-        _probe(resident, objective, gradients, f"{trained} {config.hardware!r} {rounded}", whole=rounded)
+        kind = f"{trained} {config.hardware!r} {rounded} {config.privacy.records_per_unit} {config.augmentation!r}"
+        _probe(resident, objective, gradients, kind, whole=rounded)
         whole = rounded or gradients.method == "hooks"
         dropped = 0
         for _ in range(steps.steps_per_round):
@@ -229,7 +270,7 @@ def train(
                 else ClippedSum(gradients, clipping)
             )
             drawn = [
-                examples.rows_of(unit)
+                _some(examples, unit, config.privacy.records_per_unit, randomness)
                 for unit in randomness.poisson_sample(len(examples), steps.sampling_rate).tolist()
             ]
             for batch in objective.groups(drawn, whole=whole):
@@ -247,6 +288,19 @@ def train(
     return Trained(
         update, noisy.mechanism if private else "none", noisy.source if private else "none", gradients.method
     )
+
+
+def _some(examples: Examples, unit: int, most: int, randomness: Keystream) -> Unit:
+    """Rows of a drawn unit that act in this step: of a person, those of at most `most` of its records.
+
+    Which, is drawn from that person's records alone, and anew in each step: whatever they are, the person is one vector of
+    bounded norm, and over the steps all its records are learnt from.
+    """
+    records = examples.records_of(unit)
+    if len(records) <= most:
+        return examples.rows_of(unit)
+    some = np.sort(np.argsort(randomness.uniform(len(records)))[:most])
+    return [row for record in some.tolist() for row in examples.of_record(records[record])]
 
 
 def _add(total: ClippedSum | RoundedSum, batch: Objective) -> None:

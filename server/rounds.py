@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from flwr.serverapp import Grid
 
-from server import checkpoints, ending, optimization, replies, selection
+from server import checkpoints, ending, optimization, replies, selection, weighing
 from server.aggregation import Fold, UpdateError
 from server.dispatch import SMALL, Answer, Desk, Letter, Question
 from server.evaluation import TestSet
@@ -75,7 +75,8 @@ class Campaign:
         """Send the iterate out, fold the sites' updates in, and take the server's step."""
         name, settings, step = self.config.place(number)
         state = optimization.enter(state, name, self.model.names(name))
-        request = TrainRequest(self.job.run, self.config.as_json(), number, state.iterate)
+        weights = weighing.weights(self.config, self.history, self.job.run)
+        request = TrainRequest(self.job.run, self.config.as_json(), number, state.iterate, weights)
         question = Question("train", number, request, TrainReply, largest=SMALL + 2 * arrays.nbytes(state.first))
         fold = Fold(state.first, unit=settings.learning_rate * settings.clipping_norm)  # shaped like the phase's arrays
         quorum = Quorum(self.job, self.roster, self.history, number)
@@ -119,6 +120,7 @@ class Campaign:
             self._saw(seen, number, "evaluate", answer, error)
         if total.size:
             seen.metrics += replies.validation(self.model.task, total, variance**0.5, None)
+            seen.metrics += weighing.found(self.model.task, total, variance**0.5)
 
     def _ask(self, question: Question[R], nodes: Mapping[int, str]) -> Iterable[Answer[R]]:
         if self.asking != (question.number, question.kind):  # asked again: another run may have been charged since

@@ -79,6 +79,7 @@ class TrainRequest:
     config: str
     round: int
     arrays: Arrays
+    weights: Arrays = field(default_factory=dict)  # of labels, made of released counts: `shared.imbalance`; or none
 
 
 @dataclass(frozen=True)
@@ -271,15 +272,12 @@ def request_id(run: str, round_number: int, kind: Kind) -> str:
 
 
 def request_digest(request: TrainRequest | EvaluateRequest) -> str:
-    """SHA-256 of all that decides the answer: kind, run, round, configuration and arrays."""
+    """SHA-256 of all that decides the answer: kind, run, round, configuration, arrays and labels' weights."""
     state = hashlib.sha256()
-    for part in (
-        type(request).__name__,
-        request.run,
-        str(request.round),
-        request.config,
-        digest(request.arrays),
-    ):
+    parts = [type(request).__name__, request.run, str(request.round), request.config, digest(request.arrays)]
+    if isinstance(request, TrainRequest):
+        parts.append(digest(request.weights))
+    for part in parts:
         state.update(part.encode() + b"\0")
     return state.hexdigest()
 

@@ -19,12 +19,13 @@ TITLES = {  # the most telling first
 }
 LAST = ("loss",)
 NO_SCORES = ("records", "generated_records")
+THRESHOLD, HELD = "threshold/", "held/"  # before a label: where its threshold lies, and how many records have it
 
 
 def telling(names: Iterable[str]) -> list[str]:
     """Sort scores' names: those known here in their order, others by name, the loss at the end; no counts among them."""
     order = list(TITLES)
-    left = {name for name in names if name not in NO_SCORES}
+    left = {name for name in names if name not in NO_SCORES and not name.startswith((THRESHOLD, HELD))}
     known = [name for name in order if name in left]
     return [*known, *sorted(left - {*known, *LAST}), *[name for name in LAST if name in left]]
 

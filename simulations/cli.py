@@ -35,6 +35,7 @@ SUPERLINK = "moonflower"  # the connection's name in Flower's config.toml, as do
 @click.option("--epsilon", type=float, help="Short for --set privacy.epsilon=...; inf is without privacy.")
 @click.option("--rounds", type=int, help="Short for --set training.rounds=...")
 @click.option("--seed", type=int, help="Short for --set seed=...")
+@click.option("--device", metavar="DEVICE", help="cuda:0, cpu or auto (the default), for coordinator and sites.")
 @click.option("--resume", metavar="RUN", help="Go on with a run after its last committed round; `last` is the newest.")
 @click.option("--prepare", "prepare_only", is_flag=True, help="Lay out the run for `flwr run` and do not start it.")
 @click.option(
@@ -59,6 +60,7 @@ def simulate(
     epsilon: float | None,
     rounds: int | None,
     seed: int | None,
+    device: str | None,
     resume: str | None,
     prepare_only: bool,
     database: str,
@@ -76,7 +78,7 @@ def simulate(
     context = click.get_current_context()
     if resume is not None and (
         settings
-        or any(value is not None for value in (epsilon, rounds, seed))
+        or any(value is not None for value in (epsilon, rounds, seed, device))
         or context.get_parameter_source("scenario") is click.core.ParameterSource.COMMANDLINE
     ):
         raise ConfigError(
@@ -104,7 +106,7 @@ def simulate(
             short = {"privacy.epsilon": epsilon, "training.rounds": rounds, "seed": seed}
             overrides |= {key: value for key, value in short.items() if value is not None}
             with console.status("Bringing model and data, planning the noise"):
-                run = prepare.prepare(scenarios.load(scenario, overrides), history)
+                run = prepare.prepare(scenarios.load(scenario, overrides), history, device or "auto")
         if prepare_only:
             _print_prepared(run, prepare, database, style)
             return

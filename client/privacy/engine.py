@@ -63,11 +63,13 @@ class Clipping:
     """How a record's gradient is bounded.
 
     `flat` scales it down to `norm` where it is larger (Abadi et al. 2016); `normalise` scales every one
-    to `norm`, with AUTO-S's small stabiliser (Bu et al. 2023, "Automatic clipping").
+    to `norm`, with AUTO-S's small stabiliser (Bu et al. 2023, "Automatic clipping"). `scale` is what the losses were
+    multiplied by, a public constant: it is divided out. Whatever it is, no record counts for more than `norm`.
     """
 
     norm: float
     mode: Literal["flat", "normalise"] = "flat"
+    scale: float = 1.0
 
     def factors(self, norms: Tensor) -> Tensor:
         """Scale of each record (B,), from its gradient's norm (B,); 0 where the norm is not finite.
@@ -76,9 +78,9 @@ class Clipping:
         above the clipping norm.
         """
         if self.mode == "flat":
-            factors = (self.norm / (norms * (1 + SLACK))).clamp(max=1.0)
+            factors = (self.norm / (norms * (1 + SLACK))).clamp(max=1 / self.scale)
         else:
-            factors = self.norm / (norms * (1 + SLACK) + 0.01 * self.norm)
+            factors = self.norm / (norms * (1 + SLACK) + 0.01 * self.norm * self.scale)
         sound = torch.isfinite(norms) & (factors >= torch.finfo(factors.dtype).tiny)
         return torch.where(sound, factors, torch.zeros_like(norms))
 

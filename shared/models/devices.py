@@ -27,7 +27,7 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Context of a forward pass: bfloat16 where asked for, or where `auto` finds that it is quick.
+    """Context of a forward pass: bfloat16 or float16 where asked for, bfloat16 where `auto` finds that it is quick.
 
     A CPU is quick at it with matrix tiles (AMX), a GPU from Ampere on. Norms, sums and noise are float32
     in any case.
@@ -39,5 +39,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
             else torch.cpu._is_amx_tile_supported()
         )
     else:
-        quick = precision == "bfloat16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=quick)
+        quick = precision != "float32"
+    kind = torch.float16 if precision == "float16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=kind, enabled=quick)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shared.errors import ConfigError
 from shared.metrics import Counts, Score
+from shared.run_config import Loss
 
 if TYPE_CHECKING:
     from shared.examples import Examples
@@ -99,6 +100,7 @@ class Task(ABC):
     features: ClassVar[bool] = False
     chunks: ClassVar[bool] = False
     classifies: ClassVar[bool] = True
+    weighable: ClassVar[bool] = False
     augments: ClassVar[bool] = False
 
     def __init__(self, config: "RunConfig") -> None:
@@ -110,6 +112,8 @@ class Task(ABC):
             )
         if not self.classifies and self.settings.labels:
             raise ConfigError(f"task.labels={list(self.settings.labels)}: {self.name} has no labels; leave them out.")
+        if config.loss != Loss() and not self.weighable:
+            raise ConfigError(f"[loss] is for tasks that classify records, and {self.name} does not; leave it out.")
         if config.augmentation.multiplicity and not self.augments:
             raise ConfigError(
                 f"augmentation.multiplicity={config.augmentation.multiplicity}: {self.name} has no random changes of records; "
@@ -168,6 +172,10 @@ class Task(ABC):
     @abstractmethod
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         """Return (B,), double: each record's own loss, whatever the others are."""
+
+    def objective(self, outputs: Any, batch: Batch, weights: Tensor | None = None) -> Tensor:  # noqa: ARG002 - of a subclass
+        """Return (B,), double: what training minimises of each record; `weights` are the labels', where released ones are used."""
+        return self.losses(outputs, batch)
 
     # Scores
 

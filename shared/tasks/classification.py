@@ -14,11 +14,14 @@ from shared.metrics import Counts, Score
 from shared.run_config import RunConfig
 from shared.tasks.base import Batch, Encoded, Measured, Task
 
+SMALLEST = 1e-9  # of a probability
+
 
 class Classification(Task):
     """One label a record, or any number: the losses and scores that texts, images and sounds have in common."""
 
     features = True
+    weighable = True
     label: ClassVar[str] = "label"
 
     def __init__(self, config: RunConfig) -> None:
@@ -50,6 +53,23 @@ class Classification(Task):
             each = nn.functional.binary_cross_entropy_with_logits(outputs.double(), labels.double(), reduction="none")
             return each.mean(1)
         return nn.functional.cross_entropy(outputs.double(), labels, reduction="none")
+
+    def objective(self, outputs: Tensor, batch: Batch, weights: Tensor | None = None) -> Tensor:
+        """Cross-entropy or the focal loss, times the weights (labels,) of `[loss]` or those given here."""
+        loss, labels, outputs = self.config.loss, batch["labels"], outputs.double()
+        if loss.class_weights == "given":
+            weights = outputs.new_tensor(loss.weights)
+        if self.settings.multi_label:
+            each = nn.functional.binary_cross_entropy_with_logits(outputs, labels.double(), reduction="none")
+            factors = None if weights is None else torch.where(labels > 0, weights.double(), 1.0)
+        else:
+            each = nn.functional.cross_entropy(outputs, labels, reduction="none")
+            factors = None if weights is None else weights.double()[labels]
+        if loss.kind == "focal":  # of 1 - p, p = exp(-each); not of zero, where a small power has no gradient
+            each = each * (-torch.expm1(-each)).clamp_min(SMALLEST) ** loss.gamma
+        if factors is not None:
+            each = each * factors
+        return each.mean(1) if self.settings.multi_label else each
 
     @property
     def cells(self) -> tuple[int, ...]:

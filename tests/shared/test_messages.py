@@ -164,6 +164,7 @@ def changed(message: Any, /, **changes: Any) -> RecordDict:
 
 TRAIN = SAMPLES[1]
 NUMBER = ArrayRecord({"x": Array(np.zeros(2, np.float32))})
+FLAT_NONE = ArrayRecord({"flat": Array(np.zeros(0, np.float32))})
 SQUARE = ArrayRecord({"flat": Array(np.zeros((2, 2), np.float32))})
 
 
@@ -182,7 +183,7 @@ SQUARE = ArrayRecord({"flat": Array(np.zeros((2, 2), np.float32))})
         (changed(TRAIN, round=True), "round is not a"),
         (changed(TRAIN, run=1), "run is not a"),
         (RecordDict({**changed(TRAIN, run=None), "run": NUMBER}), "run is not a"),
-        (RecordDict({"values": changed(TRAIN, arrays="none")["values"]}), "arrays is not a"),
+        (RecordDict({"values": changed(TRAIN, arrays="none")["values"], "weights": FLAT_NONE}), "arrays is not a"),
         *(
             (changed(TRAIN, **{"arrays.shapes": shapes}), "shapes are missing, or are none")
             for shapes in (None, 1, "", "{", "[]", "[" * 10**5, "7", '{"x": 2}', '{"x": [2.0]}', '{"x": [true]}')
@@ -226,6 +227,7 @@ def test_the_digest_changes_with_all_that_decides_the_answer_and_with_nothing_el
         replace(TRAIN, round=2),
         replace(TRAIN, config="{ }"),
         *(replace(TRAIN, arrays=value) for value in (nudged, reshaped, renamed, {})),
+        *(replace(TRAIN, weights={"labels": np.array(value, np.float32)}) for value in ([1, 2], [2, 1])),
         EvaluateRequest(TRAIN.run, TRAIN.config, TRAIN.round, TRAIN.arrays),
     ]
     digests = [messages.request_digest(request) for request in others]
