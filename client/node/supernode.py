@@ -74,7 +74,7 @@ class SuperNode:
         certificates.write_key(self._secret_file, self._secret)
         self._address = ""
         self._runtime: Runtime | None = None
-        self._stuck = False  # it has said something after which it does nothing any more
+        self._stuck = ""  # why it must be started again: what it has said leaves it idle, or a reply behind
         self._online = False
         self._ending = False
         self._not_before = 0.0
@@ -106,7 +106,7 @@ class SuperNode:
     def poll(self) -> None:
         """See that it runs: to be called often, in the main thread."""
         if self._stuck and self.pid is not None:
-            self.restart(self.trouble or "it has met an error")
+            self.restart(self._stuck)
         if self.pid is None and (time.monotonic() < self._not_before or (self._asks and self._asks.is_alive())):
             return
         code = self._process.poll()
@@ -117,7 +117,7 @@ class SuperNode:
     def restart(self, reason: str) -> None:
         """End it, so that it is started anew."""
         log.warning("the SuperNode is started again: %s", reason)
-        self._stuck = False
+        self._stuck = ""
         if self.pid is not None:
             os.kill(self.pid, signal.SIGKILL)
 
@@ -134,7 +134,7 @@ class SuperNode:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self._address, self._runtime, self._stuck, self._online = f"127.0.0.1:{port}", None, False, False
+        self._address, self._runtime, self._stuck, self._online = f"127.0.0.1:{port}", None, "", False
         self.starts += 1
         self.dropped.clear()
         own = self._coordinator
@@ -166,14 +166,17 @@ class SuperNode:
         elif said.startswith("Sent successfully"):
             self.sent.set()
         elif ignored := IGNORED.match(said):
+            # Its task is there all the same. The reply to it would be sent in place of the next one, which would then wait
+            # for a further message, and the coordinator for it.
             self.dropped.add(ignored[1])
+            self._stuck = "the run of a message ended while it was on its way"
         elif said.startswith(("Failed to receive message", "Failed to send message")):
             log.warning("SuperNode: %s", said.replace(ESCAPE, "?"))
         elif (level == "ERROR" and not said.startswith(("Exit Code", *HARMLESS))) or said.startswith(
             "Exception in thread"
         ):
-            self._lost(f"the SuperNode met an error: {said[:200].replace(ESCAPE, '?')}")
-            self._stuck = True
+            self._stuck = f"the SuperNode met an error: {said[:200].replace(ESCAPE, '?')}"
+            self._lost(self._stuck)
 
     def _connected(self, text: str) -> None:
         if self.connected_since is None:

@@ -97,6 +97,7 @@ def test_the_lines_that_tell_how_the_connection_stands_are_the_installed_release
     assert '"Failed to receive message %s: %s"' in started
     assert '"Failed to send message %s: %s"' in started
     assert '"Run ID %s is not in `RUNNING` status. Ignoring message %s."' in started
+    assert "while not (reply_messages := state.get_messages_legacy(is_reply=True)):" in started  # of whatever message
     assert supernode.IGNORED.match("Run ID 7 is not in `RUNNING` status. Ignoring message ab12.")[1] == "ab12"
     assert issubclass(RunNotRunningException, BaseException)
     assert not issubclass(RunNotRunningException, Exception), "or Flower ends the task itself"
