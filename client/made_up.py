@@ -19,9 +19,9 @@ LENGTHS = (3, 2, 3, 7, 12, 9)  # of the padded axes: tokens
 # Records and width of each batch: as wide as it is long, where a batch can be mistaken for a sequence; padded past every
 # length, with no number dividing the other; a batch of one.
 TOGETHER: tuple[tuple[tuple[int, ...], int], ...] = (((0, 1, 2), 3), ((3, 4), 15), ((5,), 9))
-# Units of several rows, a person's records or a record's chunks: the rows' lengths, and their width.
-ROWS = 2
-SEVERAL: tuple[list[int], int] = ([5, 4, 6, 3], 7)
+# Units of several rows, a person's records or a record's chunks: rows of a unit, all rows' lengths, and their width; as many
+# rows in all as they are wide, once, where rows can be mistaken for a sequence.
+SEVERAL: tuple[tuple[int, tuple[int, ...], int], ...] = ((2, (5, 4, 6, 3), 7), (3, (2, 3, 2, 4, 2, 6), 6))
 
 
 @torch.no_grad()

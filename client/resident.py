@@ -25,6 +25,9 @@ from shared.plan import Part
 from shared.run_config import Gradients as Mode
 from shared.run_config import RunConfig
 
+# What neither the loaded model nor its task look at; all else of a run's configuration may decide what they do.
+NOT_OF_THE_MODEL = {"name", "warm_start", "training", "refit", "privacy", "federation"}
+
 
 @dataclass
 class Resident:
@@ -38,7 +41,8 @@ class Resident:
     )  # each site's, as its files were when it was read
     _features: FeatureCache = field(default_factory=FeatureCache)
     _long: set[Part] = field(default_factory=set)  # parts whose features were probed at a text's full length
-    probed: dict[str, Mode] = field(default_factory=dict)  # kinds of release that the probe has found right in full
+    probed: dict[str, Mode] = field(default_factory=dict)  # kinds of training that the probe has found right in full
+    scored: set[str] = field(default_factory=set)  # kinds of evaluation that it has
 
     def __reduce__(self) -> tuple[Callable[[], "Resident"], tuple[()]]:
         """Pickle as the receiving process's own: Ray unpickles the ClientApp anew for each message."""
@@ -46,7 +50,7 @@ class Resident:
 
     def model(self, config: RunConfig, device: str) -> LoadedModel:
         """Return the run's model on `device`; loading another one drops what was kept."""
-        key = f"{config.model!r} {config.task!r} {config.seed} {device} {config.hardware.checkpointing}"
+        key = f"{device} {config.model_dump(exclude=NOT_OF_THE_MODEL)!r}"
         if self._model is None or self._model[0] != key:
             self._model = None
             loaded = models.load(config)
@@ -54,6 +58,7 @@ class Resident:
             self._model = (key, loaded)
             self._parts.clear()
             self.probed.clear()
+            self.scored.clear()
             self._long.clear()
             self._features = FeatureCache()
         return self._model[1]

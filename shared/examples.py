@@ -77,6 +77,11 @@ class Examples:
         """Return what is kept of one row."""
         return {name: field[number] for name, field in self.fields.items()}
 
+    def records_of(self, unit: int) -> range:
+        """Numbers of a unit's records."""
+        first, last = np.searchsorted(self.records, self.units[unit : unit + 2])
+        return range(int(first), int(last))
+
     def rows_of(self, unit: int) -> range:
         """Rows of a unit."""
         return range(int(self.units[unit]), int(self.units[unit + 1]))

@@ -104,14 +104,15 @@ def _probe(resident: Resident, config: RunConfig, device: str) -> str:
         if model.cached(trained):
             together, alone = made_up.features(model)
             probe.check_features(together, alone)
-            objective = HeadPass(model, together, made_up.examples(model, made_up.LENGTHS[: len(together)]))
+            examples = made_up.examples(model, made_up.LENGTHS[: len(together)])
+            objective = HeadPass(model, together, examples, config.privacy.records_per_unit)
         else:
             objective = EncoderPass(model, made_up.examples(model), config)
         with Gradients(objective.module, parameters, config.hardware.gradients) as gradients:
             whole = config.privacy.noise == "discrete"
             probe.check(objective.module, gradients, *objective.made_up(), whole=whole)
             found.append(f"{phase} by {gradients.method}")
-    return f"a record contributes at most the clipping norm: {', '.join(found)}"
+    return f"a {config.privacy.unit} contributes at most the clipping norm: {', '.join(found)}"
 
 
 def _memory(resident: Resident, config: RunConfig, device: str) -> str:
@@ -124,7 +125,7 @@ def _memory(resident: Resident, config: RunConfig, device: str) -> str:
     """
     model = resident.model(config, device)
     phase = "training" if "training" in config.phases else next(iter(config.phases))
-    rows, width = config.hardware.micro_batch, made_up.longest(model)
+    rows, width = max(config.hardware.micro_batch, config.privacy.records_per_unit), made_up.longest(model)
     parameters = train_only(model.module, model.names(phase))
     objective = EncoderPass(model, made_up.examples(model, [width] * rows), config)
     cuda = next(iter(parameters.values())).device.type == "cuda"

@@ -192,6 +192,27 @@ def check_features(together: torch.Tensor, alone: torch.Tensor) -> None:
         )
 
 
+def check_losses(together: Sequence[Objective], alone: Sequence[Objective]) -> None:
+    """Compare the losses of made-up units side by side with each one's by itself, in the model's own precision.
+
+    A network whose outputs are not a record's own gives counts of no bounded sensitivity: as `check_features`, where there
+    are no features.
+
+    Raises
+    ------
+    SensitivityError
+        Where they differ, or are not numbers.
+    """
+    side_by_side = torch.cat([objective.run() for objective in together])
+    each = torch.cat([objective.run() for objective in alone])
+    gap = float((side_by_side - each).abs().max() / each.abs().max().clamp_min(1e-12))
+    if not gap <= TOLERANCE:
+        raise SensitivityError(
+            f"the probe found that a record's loss differs by {gap:.2g} (limit {TOLERANCE:g}) with the records beside it; "
+            "nothing is released. Use another model."
+        )
+
+
 @contextmanager
 def _in_double(module: nn.Module) -> Iterator[None]:
     """Widen float32 parameters and buffers, and narrow them again: both lose nothing."""
