@@ -114,6 +114,41 @@ def with_intervals(
     return [_bounded(name, value, np.concatenate(drawn[name]), highest) for name, value in values.items()]
 
 
+def thresholds(counts: Counts, noise: float = 0.0, *, many: bool = False) -> npt.NDArray[np.float64]:
+    """Return the probability from which on a record is taken to have a label, such that F1 is highest: post-processing.
+
+    Of `many` labels a record, counts (C, 2, K), one threshold a label, (C,); of two labels, counts (2, 2, K), that of the
+    second, (1,); of more, none, (0,). They lie on the edges of bins. Where the cells carry noise of deviation `noise`, one
+    half stays unless F1 is higher elsewhere by more than the noise alone makes of it.
+    """
+    if many:
+        by_score = counts
+    elif counts.shape[0] == 2:
+        # Ascending probability of the second label, as in `_of_one`: (1, 2, 2 K).
+        by_score = np.concatenate([counts[:, 0, ::-1], counts[:, 1, :]], axis=-1)[None]
+    else:
+        return np.zeros(0)
+    bins = by_score.shape[-1]
+    half = _half(bins)
+    found = _f1_from(by_score)
+    best = found.argmax(-1)
+    gain = np.take_along_axis(found, best[:, None], -1)[:, 0] - found[:, half]
+    least = np.zeros(len(found))
+    if noise > 0:  # a fixed generator, as in `with_intervals`
+        drawn = _f1_from(by_score + np.random.default_rng(0).normal(0, noise, (DRAWS, *by_score.shape)))
+        apart = np.take_along_axis(drawn, best[None, :, None], -1)[..., 0] - drawn[..., half]
+        least = 1.96 * apart.std(0)
+    places: Counts = np.where(gain > least, best / bins, 0.5)
+    return places
+
+
+def _f1_from(by_score: Counts) -> Counts:
+    """F1 (..., C, K) of taking records from each bin on for positive, of counts (..., C, 2, K) by ascending score."""
+    above = np.cumsum(by_score[..., ::-1], axis=-1)[..., ::-1]
+    wrong, hits = above[..., 0, :], above[..., 1, :]
+    return share(2 * hits, wrong + hits + hits[..., :1])
+
+
 def _bounded(name: str, value: float, drawn: Counts, highest: float) -> Score:
     moved = drawn - value
     sides = (np.sqrt(2 * np.mean(np.clip(side, 0, None) ** 2)) for side in (moved, -moved))
