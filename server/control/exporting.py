@@ -117,7 +117,7 @@ def main(run: str, folder: str, form: Form, round: str, out: str) -> int:
 
     try:
         with History.open(os.environ["MOONFLOWER_DATABASE"], create=False) as history:
-            write(history, run, Path(folder), Path(out), form, round_number=int(round) or None)
+            write(history, run, Path(folder), Path(out), form, chosen=int(round) or "last")
     except MoonflowerError as error:
         print(json.dumps({"kind": type(error).__name__, "text": str(error)}))  # noqa: T201 - to the daemon
         return 1

@@ -1,11 +1,25 @@
 """The command `moonflower export`: parse, ask the history, write the folder."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
 from shared.paths import default_database, home
+
+
+class Round(click.ParamType[int | str]):
+    """`best`, `last`, or a round's number."""
+
+    name = "round"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """Read it, or say what it must be."""
+        if value in ("best", "last"):
+            return str(value)
+        if not str(value).isdigit() or int(value) < 1:
+            self.fail(f"{value!r} is neither best nor last nor a round's number, from 1.", param, ctx)
+        return int(value)
 
 
 @click.command()
@@ -24,8 +38,23 @@ from shared.paths import default_database, home
     show_default=True,
     help="A whole model, or of a LoRA run the adapter alone.",
 )
+@click.option("--merged", "form", flag_value="merged", help="The same as --form merged.")
 @click.option(
-    "--round", "round_number", metavar="N", type=click.IntRange(min=1), help="Of this round; by default, of the last."
+    "--format",
+    "style",
+    type=click.Choice(["hf", "onnx", "int8"]),
+    default="hf",
+    show_default=True,
+    help="For transformers; or one ONNX file, with weights of 32 or of 8 bits.",
+)
+@click.option(
+    "--round",
+    "chosen",
+    metavar="best|last|N",
+    type=Round(),
+    default="last",
+    show_default=True,
+    help="After which round: the last, the best by released scores, or one by its number.",
 )
 @click.option(
     "--run-folder",
@@ -43,7 +72,8 @@ def export(
     run_id: str,
     out: Path,
     form: Literal["adapter", "merged"],
-    round_number: int | None,
+    style: Literal["hf", "onnx", "int8"],
+    chosen: 'int | Literal["best", "last"]',
     run_folder: Path | None,
     database: str,
 ) -> None:
@@ -61,5 +91,12 @@ def export(
     folder.check_place(out)  # before any work
     with History.open(database, create=False) as history:
         run = find_run(history, run_id)
-        folder.write(history, run.id, run_folder or home() / "runs" / run.id, out, form, round_number=round_number)
-    click.echo(f"Wrote {out} ({form}): run {run.id}. {out / 'README.md'} says how to use it and what is guaranteed.")
+        place = run_folder or home() / "runs" / run.id
+        made = folder.write(history, run.id, place, out, form, format=style, chosen=chosen)
+    said = form if style == "hf" else style
+    click.echo(
+        f"Wrote {out} ({said}): run {run.id}, round {made.source.round.number}. {out / 'README.md'} says how to use it and "
+        "what is guaranteed."
+    )
+    for line in made.remarks():
+        click.echo(line)

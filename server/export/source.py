@@ -5,13 +5,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from server import checkpoints, job
+from server.export import choice
 from server.history.records import Metric, Participation, Round, Run
 from server.history.store import History
 from server.optimization import ServerState
 from server.privacy import statement as stating
-from server.privacy.records import Statement, ranges
+from server.privacy.records import Statement
 from shared.errors import NotFoundError
 from shared.run_config import RunConfig
+from shared.score_names import THRESHOLD
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Source:
     """A round of a run, and what is said with it.
 
     The statement is the whole run's, whatever round is exported: a model chosen among rounds that were all seen
-    costs what they all cost.
+    costs what they all cost. `best` is the score by which this round is the best, where that was asked for.
     """
 
     run: Run
@@ -31,10 +33,12 @@ class Source:
     statement: Statement
     simulated: bool
     test_set: Path | None
+    best: Metric | None
+    thresholds: tuple[float, ...]  # of the labels, where they were chosen on released scores
 
 
-def read(history: History, run_id: str, run_folder: Path, round_number: int | None) -> Source:
-    """Read the last committed round, or the one asked for.
+def read(history: History, run_id: str, run_folder: Path, asked: choice.Asked) -> Source:
+    """Read the round asked for.
 
     Raises
     ------
@@ -52,32 +56,28 @@ def read(history: History, run_id: str, run_folder: Path, round_number: int | No
     rounds = history.rounds(run.id)
     if not rounds:
         raise NotFoundError(f"Run {run.id} has no committed round yet, and so no model; export it after its first.")
-    chosen = next((each for each in rounds if each.number == (round_number or rounds[-1].number)), None)
-    if chosen is None:
-        raise NotFoundError(f"Run {run.id} has no committed round {round_number}; its last is {rounds[-1].number}.")
-    state = _state(found.checkpoints, rounds, chosen)
+    scores = history.metrics(run.id)
+    chosen = choice.choose(found.checkpoints, rounds, scores, asked)
+    number = chosen.round.number
     statement = stating.make(stating.read(history, run), now=datetime.now(UTC))
     return Source(
         run=run,
         config=found.config,
-        round=chosen,
-        state=state,
-        metrics=tuple(metric for _, metric in history.metrics(run.id, round_number=chosen.number)),
-        sites=_sites(history.participations(run.id), chosen.number),
+        round=chosen.round,
+        state=checkpoints.read(found.checkpoints, chosen.round.checkpoint.digest),
+        metrics=tuple(metric for of, metric in scores if of == number),
+        sites=_sites(history.participations(run.id), number),
         statement=statement,
         simulated=statement.simulated or found.simulated,
         test_set=found.test_set,
+        best=chosen.by,
+        thresholds=tuple(metric.value for of, metric in scores if of == number and _threshold(metric)),
     )
 
 
-def _state(folder: Path, rounds: list[Round], chosen: Round) -> ServerState:
-    if not checkpoints.path(folder, chosen.checkpoint.digest).is_file():
-        kept = [each.number for each in rounds if checkpoints.path(folder, each.checkpoint.digest).is_file()]
-        raise NotFoundError(
-            f"The checkpoint of round {chosen.number} of run {chosen.run} is not in {folder}, which keeps those of rounds "
-            f"{ranges(kept) or 'none'} (federation.keep_checkpoints); export one of them, or restore it from a backup."
-        )
-    return checkpoints.read(folder, chosen.checkpoint.digest)
+def _threshold(metric: Metric) -> bool:
+    """Whether it says where a label's threshold lies."""
+    return metric.scope == "validation" and metric.site is None and metric.name.startswith(THRESHOLD)
 
 
 def _sites(participations: list[tuple[int, Participation]], last: int) -> tuple[str, ...]:
