@@ -165,7 +165,7 @@ def _write_graph(
     file = part / graph.FILE
     whole = graph.pooled(network, model) if model.task.model == "pooled" else network
     widest = graph.two(taken[-1].batch)
-    graph.write(file, whole, widest, tuple(taken[-1].expected), lengths=model.task.axes == 1)
+    graph.write(file, whole, widest, tuple(taken[-1].expected), lengths="input_ids" in widest)
     for pattern in HF_FILES:
         for held in part.glob(pattern):
             shutil.rmtree(held) if held.is_dir() else held.unlink()

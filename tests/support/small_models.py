@@ -64,6 +64,26 @@ def wav2vec2(folder: Path) -> Path:
     return _save(transformers.Wav2Vec2Model, settings, folder)
 
 
+def whisper(folder: Path) -> Path:
+    """A model that writes down speech."""
+    words = _words(folder)
+    from tokenizers import processors
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    extractor = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=3)
+    transformers.WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
+    settings = transformers.WhisperConfig(
+        vocab_size=words, num_mel_bins=8, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=150,
+        max_target_positions=64, decoder_start_token_id=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    return _save(transformers.WhisperForConditionalGeneration, settings, folder)
+
+
 def _words(folder: Path) -> int:
     """Write a tokenizer that splits at spaces, with an end of a text, and return how many words it knows."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -84,7 +104,7 @@ def _save(kind: Any, settings: Any, folder: Path) -> Path:
     return folder
 
 
-MODELS: dict[str, Callable[[Path], Path]] = {each.__name__: each for each in (bert, llama, t5, vit, wav2vec2)}
+MODELS: dict[str, Callable[[Path], Path]] = {each.__name__: each for each in (bert, llama, t5, vit, wav2vec2, whisper)}
 
 
 def image(file: Path, number: int, size: tuple[int, int] = (40, 30)) -> Path:

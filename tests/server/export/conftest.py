@@ -101,7 +101,7 @@ def commit(home: Path, values: dict[str, Any], test: list[dict[str, Any]] | None
                 participations=(),
                 metrics=tuple(metrics),
                 spends=(),
-            )  # fmt: skip
+            )
         )
     run.history.end_attempt(run.id, attempt.number, "completed")
     run.history.finish_run(run.id, "completed", attempt=attempt.number)

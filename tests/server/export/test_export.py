@@ -1,70 +1,26 @@
 """An exported folder: what it computes in a process without Moonflower, and what its card says."""
 
 import json
-import os
 import re
 import sqlite3
-import subprocess
-import sys
-import sysconfig
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from plain_process import run_cards
 from safetensors import safe_open
 
-from server import checkpoints, job, public_test
-from shared import arrays, models, packages
-from shared.tasks.text_classification import collate, tokenise
+from server import checkpoints, job
+from shared import arrays, models, packages, tasks
+from shared.examples import Examples, collate
+from shared.records import read
 
 FORMS = ["adapter", "merged", "full", "head", "bias"]
 SAFE = {".safetensors", ".json", ".md", ".html", ".txt", ".jinja"}
 SHORT = {"warm_start__rounds": 0, "training__rounds": 1, "refit__rounds": 0, "training__server_learning_rate": 0.1}
 
 LONG = " ".join(["a good film was really dull"] * 10)  # more than task.max_length, so that it is cut
-
-RUNNER = """
-import importlib.util, json, os, re, sys
-assert not any(importlib.util.find_spec(name) for name in ("shared", "server", "client", "simulations"))
-found = {}
-for name, (folder, base, texts) in json.load(sys.stdin).items():
-    os.chdir(folder)
-    first, second = re.findall(r"```python\\n(.*?)```", open("README.md").read(), re.DOTALL)
-    scope = {}
-    exec(first, scope)
-    if base is None:
-        exec(second, scope)
-        logits = scope["logits"]
-    else:
-        encoder = scope["PeftModel"].from_pretrained(scope["AutoModel"].from_pretrained(base), folder)
-        logits = scope["load"](folder, encoder)
-    found[name] = logits(texts).tolist()
-    if base is None:
-        from sentence_transformers import SentenceTransformer
-        found[name + ", by sentence-transformers"] = SentenceTransformer(folder, device="cpu").encode(texts).tolist()
-print(json.dumps(found))
-"""
-
-
-def run_cards(folders: dict[str, tuple[Path, str | None, list[str]]]) -> dict[str, list[list[float]]]:
-    """Run each card's code in one fresh process, in which Moonflower cannot be imported."""
-    asked = {name: (str(folder), base, texts) for name, (folder, base, texts) in folders.items()}
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", RUNNER],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        cwd="/",
-        env={**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"], "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "newly initialized" not in done.stderr  # a pooler that was drawn at random
-    found: dict[str, list[list[float]]] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +37,20 @@ def folders(runs, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def computed(runs, folders, tiny_model):
+def computed(runs, folders, tiny_model, tmp_path_factory):
     """Give the logits of the public test set, as each card's code computes them."""
     texts = {name: [*records(run)[0], LONG] for name, run in runs.items()}
-    bases = {name: str(tiny_model) if name == "adapter" else None for name in runs}
-    return run_cards({name: (folders[name], bases[name], texts[name]) for name in runs})
+    bases = {name: tiny_model if name == "adapter" else None for name in runs}
+    return run_cards(
+        {name: (folders[name], bases[name], [], texts[name]) for name in runs}, tmp_path_factory.mktemp("cards")
+    )
 
 
 def records(run):
-    config = run_config(run)
-    return public_test.read(run.folder / "test.jsonl", config.task)
+    """Give the texts of a run's test set, and the numbers of their labels."""
+    task = tasks.of(run_config(run))
+    found = [record.values for record in read(run.folder / "test.jsonl", task, identified=False)]
+    return [values["text"] for values in found], [task.settings.labels.index(values["label"]) for values in found]
 
 
 def run_config(run):
@@ -103,17 +63,18 @@ def reference(run, number=None):
     model = models.load(config)
     round = run.history.rounds(run.id, round_number=number)[-1]
     arrays.write(model.module, checkpoints.read(run.folder / "checkpoints", round.checkpoint.digest).published)
-    texts = [*records(run)[0], LONG]
-    examples = tokenise(model.tokenizer, texts, [0] * len(texts), config.task.max_length)
+    texts, label = [*records(run)[0], LONG], config.task.labels[0]
+    encoded = [model.task.encode({"text": text, "label": label}, model.processor) for text in texts]
+    examples = Examples.single(model.task, model.processor, encoded)
+    model.module.eval()
     with torch.no_grad():
-        rows = [collate(examples, [index], torch.device("cpu")) for index in range(len(texts))]
-        return torch.cat([model.module.eval()(row.input_ids, row.attention_mask) for row in rows])
+        return torch.cat([model.outputs(collate(examples, [(row,)], torch.device("cpu"))) for row in range(len(texts))])
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_cards_code_gives_the_runs_logits_and_its_test_accuracy(form, runs, computed):
     run = runs[form]
-    logits = torch.tensor(computed[form])
+    logits = torch.tensor(computed[form]["texts"])
     torch.testing.assert_close(logits, reference(run), atol=1e-5, rtol=0)
     labels = torch.tensor(records(run)[1])
     logits = logits[: len(labels)]
@@ -125,7 +86,7 @@ def test_the_cards_code_gives_the_runs_logits_and_its_test_accuracy(form, runs, 
 
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_sentence_transformers_gives_the_same_logits(form, runs, computed):
-    logits = torch.tensor(computed[f"{form}, by sentence-transformers"])
+    logits = torch.tensor(computed[form]["sentences"])
     torch.testing.assert_close(logits, reference(runs[form]), atol=1e-5, rtol=0)
 
 
@@ -222,20 +183,20 @@ def test_a_run_without_privacy_says_so_loudly(train, tmp_path):
 def test_an_earlier_round_is_that_rounds_published_model_under_the_whole_runs_promise(lora, tmp_path, folders):
     from transformers import AutoModel
 
-    from server.export import plain
+    from server.export.plain import pooled as plain
 
     (third,) = lora.history.rounds(lora.id, round_number=3)
     state = checkpoints.read(lora.folder / "checkpoints", third.checkpoint.digest)
     assert any((state.published[name] != state.iterate[name]).any() for name in state.iterate)  # a moving average
-    out = lora.export(tmp_path / "out", round_number=3)
+    out = lora.export(tmp_path / "out", chosen=3)
     logits = plain.load(str(out), AutoModel.from_pretrained(out))([*records(lora)[0], LONG])
     torch.testing.assert_close(logits, reference(lora, 3), atol=1e-5, rtol=0)
     assert float((reference(lora, 3) - reference(lora)).abs().max()) > 1e-3
     text, last = ((folder / "README.md").read_text(encoding="utf-8") for folder in (out, folders["merged"]))
     assert "This is round 3 of 5" in text
     told = {each.name: each.value for _, each in lora.history.metrics(lora.id, round_number=3) if each.scope == "test"}
-    assert f"| Cross-entropy | {told['loss']:.3f} | – |" in text  # the sites' records are not scored after this round
-    assert f"| Cross-entropy | {told['loss']:.3f} |" not in last
+    assert f"| loss | {told['loss']:.3f} | – |" in text  # the sites' records are not scored after this round
+    assert f"| loss | {told['loss']:.3f} |" not in last
     claim = re.search(r"\*\*(Each record .*)\*\*", text)
     assert claim is not None
     assert claim.group(1) in last
@@ -303,7 +264,8 @@ def test_minilm_from_its_wheel_with_the_default_scenarios_adapters(train, tmp_pa
         folders = {form: run.export(tmp_path / form, form) for form in ("adapter", "merged")}
         expected, (texts, labels) = reference(run), records(run)
     asked = [*texts, LONG]
-    found = run_cards({form: (folders[form], str(base) if form == "adapter" else None, asked) for form in folders})
+    given = {form: (folders[form], base if form == "adapter" else None, [], asked) for form in folders}
+    found = {form: each["texts"] for form, each in run_cards(given, tmp_path).items()}
     told = {each.name: each.value for each in run.history.last_round(run.id).metrics if each.scope == "test"}
     for form, logits in found.items():
         torch.testing.assert_close(

@@ -57,9 +57,9 @@ def test_a_run_without_a_committed_round_has_no_model(train, place):
 
 
 def test_a_round_that_is_not_there_or_not_kept_is_named_with_those_that_are(head, place):
-    said = refused(head, place / "out", kind=NotFoundError, round_number=7)
+    said = refused(head, place / "out", kind=NotFoundError, chosen=7)
     assert said == f"Run {head.id} has no committed round 7; its last is 2."
-    said = refused(head, place / "out", kind=NotFoundError, round_number=1)
+    said = refused(head, place / "out", kind=NotFoundError, chosen=1)
     assert "The checkpoint of round 1" in said
     assert "keeps those of rounds 2 (federation.keep_checkpoints)" in said
 
@@ -123,7 +123,7 @@ def test_the_command_exports_the_newest_run_of_this_machine(head, place, monkeyp
     monkeypatch.setenv("MOONFLOWER_HOME", str(head.home))
     done = CliRunner().invoke(command, ["last", "--out", str(place / "model"), "--database", head.database])
     assert done.exit_code == 0, done.output
-    assert f"Wrote {place / 'model'} (merged): run {head.id}." in done.output
+    assert f"Wrote {place / 'model'} (merged): run {head.id}, round 2." in done.output
     assert json.loads((place / "model" / "config.json").read_text())["id2label"] == {"0": "negative", "1": "positive"}
     moved = head.folder.rename(place / "elsewhere")
     try:

@@ -1,16 +1,19 @@
 """Every task's model, exported: loaded by its card's code where Moonflower is not, it predicts what the run's model does."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import small_models
 import torch
+from click.testing import CliRunner
 from huggingface_hub import ModelCard
 from plain_process import run_cards
 
 from server import checkpoints, job
-from shared import arrays, models, records
+from server.export.use.cli import predict
+from shared import arrays, models, records, squad
 from shared.examples import Examples, collate
 
 from .conftest import Trained, commit
@@ -22,8 +25,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {  # model, task, Hub's name
     "native": ("bert", {"name": "text-classification", "labels": LABELS}, "text-classification"),
     "image-classification": ("vit", {"labels": LABELS}, "image-classification"),
     "audio-classification": ("wav2vec2", {"labels": LABELS, "max_seconds": 1}, "audio-classification"),
+    "token-classification": ("bert", {"labels": ["O", "B-THING", "I-THING"]}, "token-classification"),
+    "question-answering": ("bert", {"max_length": 32}, "question-answering"),
     "causal-lm": ("llama", {}, "text-generation"),
     "seq2seq": ("t5", {}, "text2text-generation"),
+    "speech-to-text": ("whisper", {"max_seconds": 2}, "automatic-speech-recognition"),
 }
 TRAINABLE = {  # part -> settings, form
     "full": ({"trainable": "full"}, "merged"),
@@ -47,6 +53,20 @@ def rows(task: str, home, labels) -> list[dict[str, Any]]:
             for number in range(6):
                 small_models.clip(files / f"{number}.wav", number)
             return [{"audio": f"files/{number}.wav", **label[number]} for number in range(6)]
+        case "speech-to-text":
+            for number in range(6):
+                small_models.clip(files / f"{number}.wav", number, rate=16000)
+            return [{"audio": f"files/{number}.wav", "transcript": text} for number, text in enumerate(texts)]
+        case "token-classification":
+            return [
+                {"words": text.split(), "tags": ["O", "B-THING"] + ["O"] * (len(text.split()) - 2)} for text in texts
+            ]
+        case "question-answering":
+            answers = {"text": ["found"], "answer_start": [3]}
+            return [
+                {"question": "we found a film ?", "context": f"we found {text * number} .", "answers": answers}
+                for number, text in enumerate(texts, 1)
+            ]
         case "causal-lm":
             return [{"text": text} for text in texts]
         case "seq2seq":
@@ -73,9 +93,9 @@ def reference(run: Trained) -> tuple[list[dict[str, torch.Tensor]], list[dict[st
     last = run.history.rounds(run.id)[-1]
     arrays.write(model.module, checkpoints.read(run.folder / "checkpoints", last.checkpoint.digest).published)
     model.module.eval()
-    read = records.read(run.folder / "test.jsonl", model.task, identified=False)
+    held = records.read(run.folder / "test.jsonl", model.task, identified=False)
     examples = Examples.single(
-        model.task, model.processor, [model.task.encode(r.values, model.processor) for r in read]
+        model.task, model.processor, [model.task.encode(r.values, model.processor) for r in held]
     )
     batches = [collate(examples, [(row,)], torch.device("cpu")) for row in range(examples.rows)]
     with torch.no_grad():
@@ -88,21 +108,41 @@ def reference(run: Trained) -> tuple[list[dict[str, torch.Tensor]], list[dict[st
     return [model.inputs(batch) for batch in batches], found
 
 
+def read(run: Trained) -> list[dict[str, Any]]:
+    """Give the records of a run's test set as they stand there."""
+    return [json.loads(line) for line in (run.folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Export every case in every form, and run all cards in one process."""
+    made: dict[str, tuple[Trained, Path, list[Any], list[Any]]] = {}
+    asked = {}
+    for case in CASES:
+        for part in TRAINABLE:
+            home = tmp_path_factory.mktemp("home")
+            run, form = make(case, part, home)
+            out = run.export(home / "out", form)
+            batches, expected = reference(run)
+            texts = [values["text"] for values in read(run)] if case in ("pooled", "native") else []
+            base = home / "base" if form == "adapter" else None
+            made[f"{case}, {part}"] = (run, out, [] if case == "pooled" else batches, expected)
+            asked[f"{case}, {part}"] = (out, base, [] if case == "pooled" else batches, texts)
+    found = run_cards(asked, tmp_path_factory.mktemp("batches"))
+    yield {name: (*each, found[name]) for name, each in made.items()}
+    for run, *_ in made.values():
+        run.history.close()
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("part", TRAINABLE)
-def test_an_export_predicts_what_its_run_does_where_moonflower_is_not(case, part, tmp_path):
-    run, form = make(case, part, tmp_path)
-    out = run.export(tmp_path / "out", form)
-    batches, expected = reference(run)
-    texts = [json.loads(line).get("text") for line in (run.folder / "test.jsonl").read_text().splitlines()]
-    texts = texts if case in ("pooled", "native") else []
-    given = [] if case == "pooled" else batches
-    base = tmp_path / "base" if form == "adapter" else None
-    found = run_cards({"it": (out, base, given, texts)}, tmp_path)["it"]
-    for got, wanted in zip(found["batches"], expected if given else [], strict=True):
+def test_an_export_predicts_what_its_run_does_where_moonflower_is_not(case, part, exported):
+    run, out, batches, expected, found = exported[f"{case}, {part}"]
+    for got, wanted in zip(found["batches"], expected if batches else [], strict=True):
+        assert wanted
         for name, value in wanted.items():
             torch.testing.assert_close(torch.tensor(got[name]), value, atol=1e-5, rtol=0)
-    if texts:
+    if case in ("pooled", "native"):
         wanted_logits = torch.cat([each["logits"] for each in expected])
         for name in found.keys() - {"batches"}:
             torch.testing.assert_close(torch.tensor(found[name]), wanted_logits, atol=1e-5, rtol=0)
@@ -112,5 +152,28 @@ def test_an_export_predicts_what_its_run_does_where_moonflower_is_not(case, part
     assert "Not the last round" not in card.text
     for file in out.rglob("*"):
         if file.is_file():
-            assert str(tmp_path).encode() not in file.read_bytes(), file
-    run.history.close()
+            assert str(run.home).encode() not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_predict_reads_the_runs_own_records_and_agrees_with_it(case, exported, tmp_path):
+    run, out, _, expected, _ = exported[f"{case}, merged"]
+    done = CliRunner().invoke(
+        predict, [str(out), str(run.folder / "test.jsonl"), "--format", "json", "--scores", "--tokens", "4"]
+    )
+    assert done.exit_code == 0, (done.output, done.exception)
+    rows = json.loads(done.stdout)
+    assert len(rows) == 6
+    if "label" in rows[0]:
+        probabilities = torch.cat([each["logits"] for each in expected]).softmax(1)
+        assert [[row[label] for label in LABELS] for row in rows] == [
+            pytest.approx(each, abs=1e-5) for each in probabilities.tolist()
+        ]
+    if case == "question-answering":
+        config = job.load(run.folder).config
+        told = {
+            metric.name: metric.value for metric in run.history.last_round(run.id).metrics if metric.scope == "test"
+        }
+        values = read(run)
+        right = [squad.f1(row["answer"], each["answers"]["text"]) for row, each in zip(rows, values, strict=True)]
+        assert sum(right) / 6 == pytest.approx(told["f1"], abs=1e-6), config.task.name
