@@ -104,9 +104,7 @@ def image(value: Any, folder: Path) -> Image:
     try:
         with PIL.Image.open(io.BytesIO(source.read()), formats=IMAGES) as opened:
             if opened.width * opened.height > MOST_PIXELS:
-                raise Fault(
-                    f"{_named(value)}is an image of {opened.width} x {opened.height}, above {MOST_PIXELS} pixels"
-                )
+                raise PIL.Image.DecompressionBombError
             if opened.mode == "F":
                 raise Fault(
                     f"{_named(value)}is an image of floating-point pixels, whose range is unknown; save it as PNG"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import DataError
-from shared.record_tables import FORMATS, Broken, in_one_line
+from shared.record_tables import FORMATS, Broken
 
 Row = tuple[str, dict[str, Any]]  # where it stands, and its values by column
 
@@ -51,8 +51,8 @@ def _file(path: Path) -> Iterator[Row]:
             yield f"{path}, row {number}", values
     except Broken as error:
         raise DataError(f"{path}, row {number + 1}: {error}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {in_one_line(error)}.") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _folder(path: Path) -> Iterator[Row]:

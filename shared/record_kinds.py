@@ -133,15 +133,13 @@ def _messages(value: Any, declared: Declared) -> tuple[dict[str, str], ...]:  # 
     found = []
     for number, message in enumerate(_list(value, "messages"), 1):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise Fault(f"holds a message {number} without role and content")
+            raise Fault(f"holds message {number} without a role and a content")
         if message["role"] not in ROLES:
-            raise Fault(
-                f"holds a message {number} of the role {message['role']!r}, which is none of {', '.join(ROLES)}"
-            )
+            raise Fault(f"holds message {number} of the role {message['role']!r}, which is none of {', '.join(ROLES)}")
         try:
             found.append({"role": message["role"], "content": _text(message["content"])})
         except Fault as fault:
-            raise Fault(f"holds a message {number} whose content {fault}") from None
+            raise Fault(f"holds message {number}, whose content {fault}") from None
     return tuple(found) or _raise("is an empty list of messages")
 
 

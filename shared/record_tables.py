@@ -16,26 +16,29 @@ class Broken(ValueError):
     """What is wrong with the row that was to come next."""
 
 
-def in_one_line(error: Exception) -> str:
-    """Say what an error of the system or of a library is."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text.strip().splitlines()[0].rstrip(".") if text.strip() else type(error).__name__
+def _lines(path: Path) -> Iterator[str]:
+    """Yield lines with their ends, which are those of bytes: a text may hold U+2028."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines):
+            try:
+                yield line.decode("utf-8" if number else "utf-8-sig")
+            except UnicodeDecodeError:
+                raise Broken("not UTF-8; save the file so") from None
 
 
 def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:  # and not splitlines(): a text may hold U+2028
-        for line in lines:
-            try:
-                row: Any = json.loads(line, object_pairs_hook=_once)
-            except RecursionError:
-                row = None
-            except Broken:
-                raise
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise Broken("not a JSON object")
-            yield row
+    for line in _lines(path):
+        try:
+            row: Any = json.loads(line, object_pairs_hook=_once)
+        except RecursionError:
+            row = None
+        except Broken:
+            raise
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise Broken("not a JSON object")
+        yield row
 
 
 def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -50,38 +53,38 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 def _csv(path: Path) -> Iterator[dict[str, Any]]:
     """Every value stays the text that it is: 01 is no 1, and NA no gap."""
     csv.field_size_limit(2**31 - 1)  # the module's own setting, meant for programs that trust no file
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        lines = csv.reader(stream, strict=True)
-        try:
-            header = next(lines, [])
-            twice = {name for name in header if header.count(name) > 1}
-            if twice:
-                raise Broken(f"the header names column {min(twice)!r} twice")
-            for line in lines:
-                if len(line) != len(header):
-                    raise Broken(f"{len(line)} values, and the header has {len(header)} columns")
-                yield dict(zip(header, line, strict=True))
-        except csv.Error as error:
-            raise Broken(f"not CSV: {error}") from None
+    lines = csv.reader(_lines(path), strict=True)
+    try:
+        header = next(lines, [])
+        twice = {name for name in header if header.count(name) > 1}
+        if twice:
+            raise Broken(f"the header names column {min(twice)!r} twice")
+        for line in lines:
+            if len(line) != len(header):
+                raise Broken(f"{len(line)} values, and the header has {len(header)} columns")
+            yield dict(zip(header, line, strict=True))
+    except csv.Error as error:
+        raise Broken(f"not CSV: {error}") from None
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    try:
-        with ParquetFile(path) as opened:
+    with path.open("rb") as stream:
+        try:
+            opened = ParquetFile(stream)
             yield from _tables(opened.schema_arrow, opened.iter_batches(MOST_AT_ONCE))
-    except ArrowException as error:
-        raise OSError(in_one_line(error)) from None
+        except (ArrowException, OSError):
+            raise Broken("not Parquet, or a broken file") from None
 
 
 def _arrow(path: Path) -> Iterator[dict[str, Any]]:
     """Read an Arrow file or stream: `datasets` writes streams."""
     import pyarrow
 
-    try:
-        with pyarrow.memory_map(str(path)) as source:
+    with pyarrow.memory_map(str(path)) as source:
+        try:
             try:
                 opened = pyarrow.ipc.open_file(source)
                 batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
@@ -89,8 +92,8 @@ def _arrow(path: Path) -> Iterator[dict[str, Any]]:
                 source.seek(0)
                 opened = batches = pyarrow.ipc.open_stream(source)
             yield from _tables(opened.schema, batches)
-    except pyarrow.ArrowException as error:
-        raise OSError(in_one_line(error)) from None
+        except (pyarrow.ArrowException, OSError):
+            raise Broken("not Arrow, or a broken file") from None
 
 
 def _tables(schema: Any, tables: Iterable[Any]) -> Iterator[dict[str, Any]]:
