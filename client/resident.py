@@ -26,7 +26,7 @@ from shared.run_config import Gradients as Mode
 from shared.run_config import RunConfig
 
 # What neither the loaded model nor its task look at; all else of a run's configuration may decide what they do.
-NOT_OF_THE_MODEL = {"name", "warm_start", "training", "refit", "privacy", "federation"}
+NOT_OF_THE_MODEL = {"name", "warm_start", "training", "refit", "loss", "privacy", "federation"}
 
 
 @dataclass

@@ -31,7 +31,7 @@ from shared.messages import TrainRequest
 from shared.models import LoadedModel, autocast
 from shared.plan import SitePlan
 from shared.run_config import Gradients as Mode
-from shared.run_config import RunConfig
+from shared.run_config import Loss, RunConfig
 from shared.tasks.base import Uniform, Width
 
 log = logging.getLogger("moonflower.site")
@@ -61,6 +61,7 @@ class EncoderPass:
     constant, the same for every record, and the clipping divides it out again.
     """
 
+    loss = Loss()
     weights: Tensor | None = None  # of labels, as the request gives them
 
     def __init__(
@@ -143,7 +144,7 @@ class EncoderPass:
                 given = {name: value.flatten(0, 1) for name, value in given.items()}
             with autocast(self._device, precision):
                 outputs = self._model.outputs(given)
-            each = self._model.task.objective(outputs, given, self.weights)
+            each = self._model.task.objective(outputs, given, self.loss, self.weights)
             each = each * self.scale if precision == "float16" else each
             return each if rows == 1 else each.reshape(-1, rows).mean(1)
 
@@ -162,6 +163,7 @@ def _mean(rows: Sequence[Objective]) -> Objective:
 class HeadPass:
     """Losses by running the head alone on features that no longer change; a unit has at most `rows` of them in a step."""
 
+    loss = Loss()
     weights: Tensor | None = None  # of labels, as the request gives them
     scale = 1.0
 
@@ -209,7 +211,7 @@ class HeadPass:
             rows = features.shape[1] if several else 1
             given = (features.flatten(0, 1), targets.flatten(0, 1)) if several else (features, targets)
             logits = self.module(given[0].to(self._weight.dtype))
-            each = self._task.objective(logits, {"labels": given[1]}, self.weights)
+            each = self._task.objective(logits, {"labels": given[1]}, self.loss, self.weights)
             return each.reshape(-1, rows).mean(1) if several else each
 
         return Objective((features, targets), losses)
@@ -244,6 +246,7 @@ def train(
         objective: EncoderPass | HeadPass = HeadPass(model, features, examples, config.privacy.records_per_unit)
     else:
         objective = EncoderPass(model, examples, config, randomness.uniform)
+    objective.loss = config.loss
     if request.weights:
         objective.weights = torch.from_numpy(request.weights[imbalance.WEIGHTS]).to(model.module.device)
     clipping = Clipping(phase.clipping_norm, config.privacy.clipping, objective.scale)
@@ -259,7 +262,8 @@ def train(
     velocity = {parameter: torch.zeros_like(value) for parameter, value in parameters.items()}
     with Gradients(objective.module, parameters, config.hardware.gradients) as gradients:
         rounded = isinstance(noisy, Discrete)
-        kind = f"{trained} {config.hardware!r} {rounded} {config.privacy.records_per_unit} {config.augmentation!r}"
+        how = f"{config.hardware!r} {config.loss!r} {bool(request.weights)} {config.augmentation!r}"
+        kind = f"{trained} {how} {rounded} {config.privacy.records_per_unit}"
         _probe(resident, objective, gradients, kind, whole=rounded)
         whole = rounded or gradients.method == "hooks"
         dropped = 0

@@ -173,8 +173,8 @@ class Task(ABC):
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         """Return (B,), double: each record's own loss, whatever the others are."""
 
-    def objective(self, outputs: Any, batch: Batch, weights: Tensor | None = None) -> Tensor:  # noqa: ARG002 - of a subclass
-        """Return (B,), double: what training minimises of each record; `weights` are the labels', where released ones are used."""
+    def objective(self, outputs: Any, batch: Batch, loss: Loss, weights: Tensor | None) -> Tensor:  # noqa: ARG002 - of a subclass
+        """Return (B,), double: what training minimises of each record; `weights` are the labels' that a request gives."""
         return self.losses(outputs, batch)
 
     # Scores

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shared import metrics
 from shared.metrics import Counts, Score
-from shared.run_config import RunConfig
+from shared.run_config import Loss, RunConfig
 from shared.tasks.base import Batch, Encoded, Measured, Task
 
 SMALLEST = 1e-9  # of a probability
@@ -54,9 +54,9 @@ class Classification(Task):
             return each.mean(1)
         return nn.functional.cross_entropy(outputs.double(), labels, reduction="none")
 
-    def objective(self, outputs: Tensor, batch: Batch, weights: Tensor | None = None) -> Tensor:
-        """Cross-entropy or the focal loss, times the weights (labels,) of `[loss]` or those given here."""
-        loss, labels, outputs = self.config.loss, batch["labels"], outputs.double()
+    def objective(self, outputs: Tensor, batch: Batch, loss: Loss, weights: Tensor | None) -> Tensor:
+        """Cross-entropy or the focal loss, times the weights (labels,) of `loss` or those of a request."""
+        labels, outputs = batch["labels"], outputs.double()
         if loss.class_weights == "given":
             weights = outputs.new_tensor(loss.weights)
         if self.settings.multi_label:
