@@ -1,9 +1,10 @@
 """The person as the unit of privacy: sampled, clipped, split and counted as one, whatever records are theirs."""
 
 import hashlib
+import sqlite3
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ import torch
 
 from client import answers, data, evaluation, training
 from client.data import Parts
+from client.privacy.ledger import Ledger
 from client.privacy.randomness import Keystream
 from client.site import split_key
 from client.training import EncoderPass, HeadPass
 from shared import examples as shared_examples
-from shared.errors import ConfigError, DataError, EngineError, SensitivityError
+from shared import ledger_chain
+from shared.errors import ConfigError, DatabaseError, DataError, EngineError, SensitivityError
 from shared.tasks.base import Measured
 
 Desks = Callable[..., Any]
@@ -404,3 +407,71 @@ def test_an_evaluation_is_refused_where_a_network_scores_a_record_by_its_neighbo
     with pytest.raises(SensitivityError, match="with the records beside it"):
         desk.evaluate(2, run="other")
     assert desk.spent() == 1
+
+
+# -- the ledger ----------------------------------------------------------------------------------------------
+
+
+def test_a_ledger_says_whose_it_is_and_every_event_is_bound_to_it(people: Desks, new_desk: Desks) -> None:
+    desk, other = people(), new_desk(name="other")
+    for each in (desk, other):
+        each.train()
+    with desk.ledger() as ledger, other.ledger() as of_records:
+        export, records = ledger.export(), of_records.export()
+    assert ledger_chain.verify(export) is ledger_chain.verify(records) is None
+    assert [ledger_chain.unit_of(each["dataset"]) for each in (export, records)] == ["person", "record"]
+    assert "unit" not in records["dataset"]  # as it was before there were persons: digests are the same as ever
+    taken = {name: value for name, value in export["dataset"].items() if name != "unit"}
+    for header, held in ((taken, export), (records["dataset"] | {"unit": "person"}, records)):
+        fault = ledger_chain.verify(held | {"dataset": header})
+        assert fault is not None
+        assert fault.kind == "edited"
+    fault = ledger_chain.verify(export | {"dataset": taken | {"unit": "household"}})
+    assert fault is not None
+    assert fault.kind == "malformed"
+
+
+def test_a_ledger_that_has_lost_its_unit_is_broken(people: Desks) -> None:
+    desk = people()
+    desk.train()
+    with closing(sqlite3.connect(desk.site.ledger)) as connection, connection:
+        assert connection.execute("DELETE FROM states WHERE kind = 'unit'").rowcount == 1
+    with pytest.raises(ConfigError, match="opened with the record"):
+        desk.train(2)
+    path, dataset = desk.site.ledger, desk.site.dataset.id
+    with (
+        pytest.raises(DatabaseError, match="was edited"),
+        Ledger.open(path, dataset=dataset, delta=1e-3, max_epsilon=9.0),
+    ):
+        pass
+
+
+# -- bugs, planted: each is seen by the test that stands for it ----------------------------------------------
+
+
+def test_a_bound_that_the_site_does_not_keep_is_caught(
+    people: Desks, planted: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with planted(training._some, "len(records) <= most", "most"), pytest.raises(AssertionError):
+        test_a_step_takes_at_most_k_records_of_one_person_anew_each_time_and_nobody_elses(people, monkeypatch)
+
+
+def test_records_of_other_persons_in_a_step_are_caught(
+    people: Desks, planted: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = "examples.of_record(records[record])", "examples.of_record((records[record] + 1) % examples.rows)"
+    with planted(training._some, old, new), pytest.raises(AssertionError):
+        test_a_step_takes_at_most_k_records_of_one_person_anew_each_time_and_nobody_elses(people, monkeypatch)
+
+
+def test_a_step_that_draws_records_is_caught(people: Desks, planted: Planted) -> None:
+    old = "randomness.poisson_sample(len(examples), steps.sampling_rate)"
+    new = "(randomness.poisson_sample(examples.rows, steps.sampling_rate) % len(examples))"
+    with planted(training.train, old, new), pytest.raises(AssertionError):
+        test_a_step_draws_persons_and_not_records(people)
+
+
+def test_a_split_by_records_is_caught(people: Desks, planted: Planted) -> None:
+    """A person would lie in both parts, and pay in one."""
+    with planted(data._encode, "is_validation(record.unit,", "is_validation(record.id,"), pytest.raises(AssertionError):
+        test_a_person_is_in_one_part_with_all_their_records(people)
