@@ -138,6 +138,9 @@ def _network(folder: str, settings: Any, config: RunConfig, task: Task) -> Netwo
         options["ignore_mismatched_sizes"] = True  # another number of labels: a new last layer
     encoder, found = from_pretrained(auto, folder, name, config=settings, **options)
     _check_loaded(encoder, found, name, task)
+    for part in encoder.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0  # some classes read a rate of 0 in their settings as none given, and take their own
     if task.model == "pooled":
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None  # the head pools by itself; an unused parameter would get no gradient
