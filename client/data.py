@@ -128,13 +128,18 @@ def _made_of(dataset: Dataset, task: Task, key: bytes, processor: Any) -> str:
         mode="json", include={"labels", "columns", "label_names", "unit_column", "validation"}
     )
     said = [
-        json.dumps([declared, task.name, task.settings.model_dump(mode="json")], sort_keys=True),
+        json.dumps([declared, task.name, task.settings.model_dump(mode="json"), _own(task)], sort_keys=True),
         hashlib.sha256(key).hexdigest(),
         _processor_digest(processor),
         *(f"{package} {version(package)}" for package in PACKAGES),
         *_code(task),
     ]
     return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+
+def _own(task: Task) -> dict[str, Any]:
+    """What a task has worked out for itself, from the model say."""
+    return {name: value for name, value in vars(task).items() if isinstance(value, int | float | str | list | tuple)}
 
 
 def _processor_digest(processor: Any) -> str:

@@ -144,6 +144,9 @@ class Task(ABC):
 
         A task with `chunks` may cut a long record, each chunk a row for the network (not where features are kept). Its
         loss is their mean; `measure` gets all of a record's chunks together, in order, and gives it one vector.
+
+        What it gives follows from the record, `self.settings`, plain values that are the task's own, and the processor: by
+        these it is found again in a site's cache.
         """
 
     @abstractmethod
