@@ -38,7 +38,7 @@ names = {}
 for block in blocks:
     exec(block.split("```")[0], names)
 rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-found = names["logits"]([row["text"] for row in rows]).argmax(1)
+found = names["run"]([row["text"] for row in rows]).argmax(1)
 print(json.dumps([names["labels"][number] == row["label"] for number, row in zip(found, rows)]))
 """
 

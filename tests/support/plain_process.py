@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 found = {}
 for name, (folder, base, batches, texts) in json.load(sys.stdin).items():
+    print(name, file=sys.stderr)
     os.chdir(folder)
     scope = {}
     for block in re.findall(r"```python\\n(.*?)```", open("README.md").read(), re.DOTALL):

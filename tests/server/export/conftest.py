@@ -54,10 +54,17 @@ Train = Callable[..., Trained]
 ROUND = {"rounds": 3, "batch_size": 4}
 
 
-def commit(home: Path, values: dict[str, Any], test: list[dict[str, Any]] | None, *, spread: float = 0.3) -> Trained:
+def commit(
+    home: Path,
+    values: dict[str, Any],
+    test: list[dict[str, Any]] | None,
+    *,
+    spread: float = 0.3,
+    released: list[list[Metric]] | None = None,
+) -> Trained:
     """Enter a run of three rounds whose arrays moved at random, as its coordinator commits them; no site takes part.
 
-    Its folder `files` is where the test records' files lie.
+    `files` in `home` is where the test records' files lie; `released` are more scores of each round.
     """
     config = parse(RunConfig, {"training": ROUND, "hardware": {"precision": "float32"}, **values}, source="test")
     run = Trained(config.name, home, History.open(f"sqlite:///{home / 'history.db'}"))
@@ -88,6 +95,7 @@ def commit(home: Path, values: dict[str, Any], test: list[dict[str, Any]] | None
         if test is not None:
             model.module.eval()
             metrics = TestSet(run.folder / job.TEST_FILE, config, model).score(moved, whole=True)
+        metrics += [] if released is None else released[number - 1]
         kept = checkpoints.write(run.folder / job.CHECKPOINTS, state)
         run.history.commit_round(
             Round(
