@@ -31,7 +31,7 @@ def test_a_site_that_is_ready_is_ok_in_every_line_and_its_model_is_tried(new_nod
     assert "lets this site in" in lines["key"]
     assert "100 records" in lines["data"]
     assert "contributes at most the clipping norm: warm_start by" in lines["probe"]
-    assert "64 texts of 64 tokens take" in lines["memory"]
+    assert "64 records of 64 tokens take" in lines["memory"]
 
 
 def test_a_key_that_is_not_enrolled_is_said_and_the_exit_code_is_one(new_node: New) -> None:
