@@ -386,7 +386,17 @@ def test_two_nodes_with_one_name_end_the_run_before_its_first_round(fresh):
 
 
 @pytest.mark.parametrize(
-    "lie", [{"records": 0}, {"records": -5}, {"site": "[/red]"}, {"site": "x" * 500}, {"dataset": "a\x1b[31m"}], ids=str
+    "lie",
+    [
+        {"records": 0},
+        {"records": -5},
+        {"site": "[/red]"},
+        {"site": "x" * 500},
+        {"dataset": "a\x1b[31m"},
+        {"unit": "household"},
+        {"unit": "person"},  # which the run's promise is not to
+    ],
+    ids=str,
 )
 def test_a_node_whose_declaration_cannot_be_does_not_join(fresh, lie):
     federation = fresh
