@@ -81,7 +81,7 @@ def show(site: Path | None, ledger: Path | None, dataset: str | None, style: str
     header = export["dataset"]
     click.echo(
         f"dataset {header['id']}: {len(events)} events, opened {_minute(header['opened_at'])}, "
-        f"delta {header['delta']:g}, Rényi order {header['order']}"
+        f"delta {header['delta']:g}, Rényi order {header['order']}, kept for {header.get('unit', 'record')}s"
     )
     if shown:
         _table(shown, EVENT_COLUMNS)
@@ -158,13 +158,13 @@ def epsilon(site: Path | None, ledger: Path | None, dataset: str | None, style: 
         ]
     if style == "json":
         order = account.order
-        header = {"dataset": account.dataset, "runs_delta": at, "lifetime_delta": account.delta, "order": order}
+        header = {"dataset": account.dataset, "unit": account.unit, "runs_delta": at, "lifetime_delta": account.delta, "order": order}
         _json(header | {"runs": runs, "lifetime": lifetime})
         return
     click.echo(f"Each run, by PLD at delta {at:g}")
     _table(runs, ["run", "part", "releases", "epsilon"])
     click.echo(
-        f"The life of dataset {account.dataset}, by a Rényi filter of order {account.order} at delta {account.delta:g}"
+        f"The life of dataset {account.dataset}, for each {account.unit}, by a Rényi filter of order {account.order} at delta {account.delta:g}"
     )
     _table(lifetime, ["part", "releases", "epsilon", *(["limit"] if site else []), "if_planned_in_advance"])
 
