@@ -1,5 +1,6 @@
 """An exported folder, loaded again by transformers, PEFT or onnxruntime."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def network(folder: Path, manifest: Manifest, base: str | None = None) -> Any:
             return kind.from_pretrained(str(folder), **OPTIONS).eval()
         settings = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         under, _ = weights.under(str(located), manifest.auto, settings)
-        return PeftModel.from_pretrained(under, str(folder)).eval()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+            return PeftModel.from_pretrained(under, str(folder)).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder} cannot be loaded: {first_line(error)}") from None

@@ -1,5 +1,6 @@
 """Which round is exported."""
 
+import json
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from server import checkpoints
 from server.export.cli import export as command
+from server.export.use.cli import predict
 from server.history.records import Metric
 from shared.errors import NotFoundError
 from shared.score_names import THRESHOLD
@@ -97,9 +99,11 @@ def test_the_command_says_why_this_round_and_refuses_what_is_no_round(played, tm
         assert "neither best nor last nor a round's number" in refused.output
 
 
-def test_thresholds_that_were_chosen_on_released_scores_are_on_the_card(played, tmp_path):
-    threshold = Metric("validation", None, f"{THRESHOLD}high", 0.31)
-    run = played([[], [], [threshold]], ROWS)
+@pytest.mark.parametrize(("value", "label"), [(0.0, "high"), (1.0, "low")])
+def test_thresholds_that_were_chosen_on_released_scores_are_on_the_card_and_decide(value, label, played, tmp_path):
+    run = played([[], [], [Metric("validation", None, f"{THRESHOLD}high", value)]], ROWS)
     text = (run.export(tmp_path / "out") / "README.md").read_text(encoding="utf-8")
-    assert "| thresholds, chosen on released scores | 0.31 (of high) |" in text
+    assert f"| thresholds, chosen on released scores | {value} (of high) |" in text
     assert THRESHOLD not in text
+    done = CliRunner().invoke(predict, [str(tmp_path / "out"), "-", "--thresholds", "--format", "json"], input="a film")
+    assert [row["label"] for row in json.loads(done.stdout)] == [label]

