@@ -6,7 +6,9 @@ that is trained stay float32, and what is computed is as precise as it is withou
 """
 
 import logging
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,7 +55,10 @@ class Packed(nn.Module):
         from bitsandbytes import functional as four_bit
 
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        packed, state = four_bit.quantize_4bit(linear.weight.detach(), blocksize=BLOCK, quant_type="nf4")
+        # In rows of one block: on a CPU, bitsandbytes 0.50 takes blocks that reach over two rows for others.
+        values = linear.weight.detach().flatten()
+        values = F.pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK)
+        packed, state = four_bit.quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
         self.register_buffer("packed", packed)
         self.register_buffer("scales", state.absmax)
         self.register_buffer("levels", state.code)
@@ -64,13 +69,14 @@ class Packed(nn.Module):
 
         state = four_bit.QuantState(  # type: ignore[no-untyped-call]
             absmax=self.scales.float(),
-            shape=torch.Size((self.out_features, self.in_features)),
+            shape=torch.Size((self.scales.numel(), BLOCK)),
             code=self.levels.float(),
             blocksize=BLOCK,
             quant_type="nf4",
             dtype=torch.float32,
         )
-        return four_bit.dequantize_4bit(self.packed, state).to(kind)
+        values = four_bit.dequantize_4bit(self.packed, state).flatten()[: self.out_features * self.in_features]
+        return values.view(self.out_features, self.in_features).to(kind)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out) of x (..., in), in the precision of the forward pass."""
@@ -78,6 +84,26 @@ class Packed(nn.Module):
         x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.is_floating_point() else x
         out = packed_linear(x, self)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+@contextmanager
+def installed_code_only() -> Iterator[None]:
+    """Import bitsandbytes in here, or peft, which imports it where it is installed.
+
+    Where the package `kernels` is installed, bitsandbytes would fetch compiled code from a hub and run it; a site runs the code
+    that is installed on it, and no other.
+    """
+    advice = logging.getLogger("bitsandbytes")  # to install just that package
+    level, known = advice.level, "kernels" in sys.modules
+    advice.setLevel(logging.ERROR)
+    if not known:
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        advice.setLevel(level)
+        if not known:
+            del sys.modules["kernels"]
 
 
 def pack(encoder: nn.Module, moving: Collection[str], name: str) -> None:
@@ -88,9 +114,9 @@ def pack(encoder: nn.Module, moving: Collection[str], name: str) -> None:
     ModelError
         Where bitsandbytes is missing, or there is no such layer.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its advice on optional kernels
     try:
-        import bitsandbytes  # noqa: F401
+        with installed_code_only():
+            import bitsandbytes  # noqa: F401
     except ImportError:
         raise ModelError(
             "model.base='4bit' needs bitsandbytes, which is not installed; `pip install moonflower[quantised]`, or set "

@@ -4,13 +4,13 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from shared.errors import ModelError
 from shared.models import places
 from shared.models.networks import Network
+from shared.models.quantised import installed_code_only
 from shared.run_config import Model
 
 GROUPS = {
@@ -29,6 +29,9 @@ def adapt(module: Network, model: Model, head: str | None) -> None:
     """
     if model.trainable != "lora":
         return
+    with installed_code_only():
+        from peft import LoraConfig, inject_adapter_in_model
+
     lora = model.lora
     encoder: nn.Module = module.encoder
     layers = None if lora.layers is None else list(lora.layers)
