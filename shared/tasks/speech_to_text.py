@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
 
 from shared import generation
 from shared.errors import ModelError
 from shared.metrics import Score
-from shared.tasks import register
+from shared.tasks import hearing, register
 from shared.tasks.base import Batch, Column, Encoded, Uniform, Width, bucket
 from shared.tasks.tokens import Answering, highest_of
 
@@ -51,9 +50,7 @@ class SpeechToText(Answering):
                 f"speech-to-text trains models of Whisper's kind, and this is a {type(encoder).__name__}; use openai/whisper-tiny, "
                 "say."
             )
-        hearing = processor.feature_extractor
-        hearing.dither = 0.0  # noise of torch's own generator on every sample
-        _shorten(encoder, hearing, self.settings.max_seconds)
+        hearing.shorten(encoder, processor.feature_extractor, self.settings.max_seconds)
         around = list(processor.tokenizer("")["input_ids"])
         if len(around) < 2:
             raise ModelError(
@@ -63,8 +60,8 @@ class SpeechToText(Answering):
 
     def encode(self, values: Mapping[str, Any], processor: Any) -> Encoded:
         """16-bit samples, and the transcript's tokens: as Whisper was trained, with a space in front."""
-        hearing = processor.feature_extractor
-        samples = values["audio"].samples(hearing.sampling_rate, hearing.chunk_length)[: hearing.n_samples]
+        extractor = processor.feature_extractor
+        samples = values["audio"].samples(extractor.sampling_rate, extractor.chunk_length)[: extractor.n_samples]
         ids = processor.tokenizer(f" {values['transcript'].strip()}", add_special_tokens=False)["input_ids"]
         return {"audio": (np.clip(samples, -1, 1) * LOUDEST).astype(np.int16), **self.answer(ids)}
 
@@ -78,9 +75,9 @@ class SpeechToText(Answering):
 
     def collate(self, records: Sequence[Encoded], width: Width, processor: Any) -> Batch:
         """Log-mel spectrograms (B, bands, frames), each made alone, and transcripts (B, T)."""
-        hearing = processor.feature_extractor
+        extractor = processor.feature_extractor
         heard = [
-            hearing(record["audio"] / np.float32(LOUDEST), sampling_rate=hearing.sampling_rate, return_tensors="np")
+            extractor(record["audio"] / np.float32(LOUDEST), sampling_rate=extractor.sampling_rate, return_tensors="np")
             for record in records
         ]
         features = np.concatenate([each["input_features"] for each in heard])
@@ -88,8 +85,8 @@ class SpeechToText(Answering):
 
     def made_up(self, length: int, uniform: Uniform, processor: Any) -> Encoded:
         """A tenth of a second of noise a token, as loud as it happens, and random tokens."""
-        hearing = processor.feature_extractor
-        samples = uniform(min(length * hearing.sampling_rate // 10, hearing.n_samples)) * 2 - 1
+        extractor = processor.feature_extractor
+        samples = uniform(min(length * extractor.sampling_rate // 10, extractor.n_samples)) * 2 - 1
         loud = LOUDEST * uniform(1)
         return {"audio": (samples * loud).astype(np.int16), **self.made_up_answer(length, uniform)}
 
@@ -108,17 +105,3 @@ class SpeechToText(Answering):
             for ids in generation.answers(model.module.encoder, self, examples, hardware)
         ]
         return [Score("wer", generation.word_errors(written, [str(record["transcript"]) for record in values]))]
-
-
-def _shorten(encoder: Any, hearing: Any, seconds: int) -> None:
-    """Make the window at most so many seconds: of the positions the first are kept, which stay what they were."""
-    if seconds >= hearing.chunk_length:
-        return
-    hearing.chunk_length = seconds
-    hearing.n_samples = seconds * hearing.sampling_rate
-    hearing.nb_max_frames = hearing.n_samples // hearing.hop_length
-    inner = encoder.get_encoder()
-    places = hearing.nb_max_frames // (inner.conv1.stride[0] * inner.conv2.stride[0])
-    old = inner.embed_positions.weight
-    inner.embed_positions = nn.Embedding(places, old.shape[1], _weight=old.detach()[:places].clone(), _freeze=True)
-    inner.max_source_positions = encoder.config.max_source_positions = places
