@@ -118,12 +118,12 @@ class _Check:
             if name not in row and not column.needed and role not in self.layout.columns:
                 continue
             kind = "labels" if column.kind == "label" and self.task.settings.multi_label else column.kind
-            values[role] = _value(row, name, where, partial(KINDS[kind], declared=self))
+            values[role] = self._value(row, name, where, partial(KINDS[kind], declared=self))
         fault = self.task.fault(values)
         if fault is not None:
             raise DataError(f"{where}: {fault}.")
-        own = _value(row, self.layout.column(ID), where, record_kinds.name) if self.identified else str(number)
-        unit = own if self.layout.unit is None else person(_value(row, self.layout.unit, where, record_kinds.name))
+        own = self._value(row, self.layout.column(ID), where, record_kinds.name) if self.identified else str(number)
+        unit = own if self.layout.unit is None else person(self._value(row, self.layout.unit, where, record_kinds.name))
         return Record(own, unit, values)
 
     def label(self, value: str) -> str:
@@ -133,14 +133,12 @@ class _Check:
             raise Fault(f"holds the label {label!r}, which is not one of the declared {declared}")
         return label
 
-
-def _value(row: Mapping[str, Any], name: str, where: str, read: Callable[[Any], Any]) -> Any:
-    if name not in row:
-        raise DataError(
-            f"{where}: column {name!r} is missing among {', '.join(map(repr, list(row)[:SHOWN]))}; name the columns in site.toml, "
-            "[dataset.columns]."
-        )
-    try:
-        return read(row[name])
-    except Fault as fault:
-        raise DataError(f"{where}: {name!r} {fault}.") from None
+    def _value(self, row: Mapping[str, Any], name: str, where: str, read: Callable[[Any], Any]) -> Any:
+        if name not in row:
+            among = ", ".join(map(repr, list(row)[:SHOWN])) or "none"
+            remedy = "name the columns in site.toml, [dataset.columns]" if self.identified else "call it so"
+            raise DataError(f"{where}: column {name!r} is missing among {among}; {remedy}.")
+        try:
+            return read(row[name])
+        except Fault as fault:
+            raise DataError(f"{where}: {name!r} {fault}.") from None

@@ -51,7 +51,7 @@ def test_what_is_saved_is_what_is_loaded(new_site: Callable[..., Site], tmp_path
         ("records = 1200", "records = 9", "dataset.records=9"),
         ("records = 1200", 'records = "1200"', "dataset.records="),
         ("records = 1200", "", "dataset.records is missing"),
-        ('labels = ["bad", "good"]', "", "dataset.labels is missing"),
+        ('labels = ["bad", "good"]', 'task = "No Task"', "dataset.task="),
         ("max_epsilon = 8.0", "", "privacy.max_epsilon is missing"),
         ("max_epsilon = 8.0", "max_epsilon = inf", "privacy.max_epsilon="),
         ("max_epsilon = 8.0", "max_epsilon = 0.0", "privacy.max_epsilon="),

@@ -304,6 +304,15 @@ MISTAKES = (
     Mistake("an empty list of words", lines(TAGGED | {"words": [], "tags": []}), "token-classification"),
     Mistake("an empty word", lines(TAGGED | {"words": ["a", ""]}), "token-classification"),
     Mistake("a tag that is not declared", lines(TAGGED | {"tags": ["O", "B-bad"]}), "token-classification"),
+    Mistake("answers that are no table", lines(ANSWERED | {"answers": ["two"]}), QUESTION),
+    Mistake(
+        "an answer without its place", lines(ANSWERED | {"answers": {"text": ["two"], "answer_start": []}}), QUESTION
+    ),
+    Mistake(
+        "an answer that is not at its place",
+        lines(ANSWERED | {"answers": {"text": ["two"], "answer_start": [3]}}),
+        QUESTION,
+    ),
     Mistake("an empty conversation", lines({"id": 1, "messages": []}), CHAT),
     Mistake("a message of an unknown role", lines({"id": 1, "messages": [{"role": "boss", "content": "Hm."}]}), CHAT),
     Mistake("a message without content", lines({"id": 1, "messages": [{"role": "user"}]}), CHAT),

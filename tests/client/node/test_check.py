@@ -85,10 +85,22 @@ def test_a_knock_changes_nothing_at_the_coordinator(new_node: New) -> None:
 
 
 def test_records_that_break_their_declaration_are_said_with_their_row(new_node: New) -> None:
-    node = new_node(register=False, dataset={"label_column": "diagnosis"})
+    node = new_node(register=False, dataset={"columns": {"label": "diagnosis"}})
     found = look(node)["data"]
     assert not found.ok
     assert "row 1: column 'diagnosis' is missing" in found.text
+
+
+def test_the_data_are_read_for_the_task_that_they_are_declared_for(new_node: New) -> None:
+    node = new_node(
+        register=False, dataset={"task": "seq2seq", "labels": [], "columns": {"source": "text", "target": "label"}}
+    )
+    found = look(node)["data"]
+    assert found.ok, found.text
+    assert "records of seq2seq, each with its columns; 100 records are declared" in found.text
+    unlabelled = look(new_node(register=False, dataset={"labels": []}))["data"]
+    assert not unlabelled.ok
+    assert "text-classification needs at least two" in unlabelled.text
 
 
 def test_a_size_far_from_the_declared_one_is_said(new_node: New) -> None:

@@ -118,9 +118,16 @@ def test_a_lost_answer_is_asked_for_again_by_the_client(coordinator, monkeypatch
             "out, or submit the run there.",
         ),
         ({"test_set": b""}, "test.jsonl holds no records."),
-        ({"test_set": b"{}\n"}, "test.jsonl, row 1: not a JSON object with a text and a label."),
-        ({"test_set": b'{"text": "x", "label": "no"}\n'}, "test.jsonl, row 1: label 'no' is not one of the declared"),
-        ({"test_set": b"\xff\xfe\n"}, "test.jsonl cannot be read"),
+        ({"test_set": b"{}\n"}, "test.jsonl, row 1: column 'text' is missing among none; call it so."),
+        (
+            {"test_set": b'{"text": "x", "label": "no"}\n'},
+            "test.jsonl, row 1: 'label' holds the label 'no', which is not one",
+        ),
+        ({"test_set": b"\xff\xfe\n"}, "test.jsonl, row 1: not UTF-8; save the file so."),
+        (
+            {"config_toml": RUN.replace("[task]", '[task]\nname = "image-classification"'), "test_set": b"{}\n"},
+            "task.name='image-classification' has its records in files of their own, which a submission does not carry",
+        ),
         ({"request_id": ""}, "request_id is missing"),
     ],
 )
