@@ -1,6 +1,6 @@
 """What it costs to promise privacy to persons and not to records: the scenario `persons`, by unit and records a step.
 
-    python benchmarks/persons.py --data DATA --model MODEL > benchmarks/results/persons.md
+    python benchmarks/persons.py --data DATA --model MODEL --epsilon 8
 
 DATA holds the folder 20news-bydate, MODEL is all-MiniLM-L6-v2 as a folder. The sites' own code trains and plans; the
 encoder's features are computed once for all runs, and no ledger is kept. Sampling and noise are drawn anew in each run.
@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--epsilon", type=float, default=8.0)
     given = parser.parse_args()
     lines = []
     with tempfile.TemporaryDirectory() as home:
@@ -143,19 +144,21 @@ def main() -> None:
         layout(given.data, folder)
         resident, test = Warm(), None
         for name, changes in VARIANTS:
-            config, sites = make(folder, given.model, changes)
+            config, sites = make(folder, given.model, {"epsilon": given.epsilon} | changes)
             plans = [plan.make(config, site.dataset.card()) for site in sites]
             test = test or TestSet(folder / "test.jsonl", config, resident.model(config, "cpu"))
             scores = [100 * run(config, sites, plans, resident, test) for _ in range(given.runs)]
             noises = [next(iter(planned.phases.values())).noise_multiplier for planned in plans]
-            person = "8" if config.privacy.unit == "person" else f"{heaviest(config, sites, plans):.0f}"
+            person = (
+                f"{given.epsilon:g}" if config.privacy.unit == "person" else f"{heaviest(config, sites, plans):.0f}"
+            )
             lines.append(
                 f"| {name} | {sum(site.dataset.units for site in sites)} | {statistics.mean(noises):.2f} | "
                 f"{'inf' if not config.privacy.private else person} | {statistics.mean(scores):.1f} | {statistics.stdev(scores):.1f} |"
             )
             sys.stderr.write(f"{lines[-1]}\n")
     sys.stdout.write(
-        f"{given.runs} runs each, 30 rounds of full batches over four sites, epsilon 8 at delta 1e-5; accuracy on 800 posts of "
+        f"{given.runs} runs each, 30 rounds of full batches over four sites, epsilon {given.epsilon:g} at delta 1e-5; accuracy on 800 posts of "
         f"persons whom no site has. torch {torch.__version__}, {platform.machine()}, CPU.\n\n"
         "| promise to | declared units | noise multiplier | epsilon of the person with the most posts | accuracy | deviation |\n"
         "| --- | --- | --- | --- | --- | --- |\n" + "\n".join(lines) + "\n"

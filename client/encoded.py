@@ -43,7 +43,7 @@ class Writer:
         Raises
         ------
         EngineError
-            Where a task that has no chunks gives several rows.
+            Where a task that has no chunks gives several rows, or keeps other fields of a record than of the first.
         """
         rows = encoded if isinstance(encoded, list) else [encoded]
         if len(rows) != 1 and not self._task.chunks:
@@ -51,6 +51,10 @@ class Writer:
         self._unit_of.append(self._units.setdefault(unit, len(self._units)))
         self._rows.append(len(rows))
         for row in rows:
+            if self._fields and row.keys() != self._fields.keys():  # a record would get the rows of others
+                raise EngineError(
+                    f"{self._task.name} keeps {sorted(row)} of a record, and of others {sorted(self._fields)}."
+                )
             for name, array in row.items():
                 if name not in self._fields:
                     self._fields[name] = _Field(self._folder, name, array)
