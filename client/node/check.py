@@ -197,9 +197,11 @@ def _budget(site: Site) -> str:
 
 
 def _disk(site: Site) -> str:
+    from client.cache import Cache
     from client.privacy.ledger_file import refuse_shared
 
     refuse_shared(site.ledger)
+    Cache(site.cache, site.dataset.id)  # is made, where there is none; refuses what others can read
     folder = site.ledger.parent
     if not os.access(folder, os.W_OK):
         raise _Wrong(f"{folder} cannot be written, where the ledger is; give this user the right to.")
