@@ -92,9 +92,7 @@ def two_parts(folder: Path, kind: str) -> Path:
 
 def whisper(folder: Path, seconds: int = 2) -> Path:
     """Write a model that hears so many seconds."""
-    hearing = transformers.WhisperFeatureExtractor(
-        feature_size=8, sampling_rate=4000, hop_length=40, chunk_length=seconds, n_fft=100
-    )
+    hearing = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=seconds)
     transformers.WhisperProcessor(hearing, tokenizer("<start> $A </s>")).save_pretrained(folder)
     settings = transformers.WhisperConfig(
         vocab_size=VOCABULARY, num_mel_bins=8, d_model=32, max_source_positions=50 * seconds, max_target_positions=64,
