@@ -63,6 +63,11 @@ def make(source: Source, manifest: Manifest, base: Base, measured: Measured | No
         code=_Block(code(kind, manifest)) if kind else "",
         use=_Block(use(kind, manifest)),
         note=_Block(kind.note) if kind else "",
+        columns=[
+            f"{role} ({column.kind}{'' if column.needed else ', where there is one'})"
+            for role, column in tasks.of(source.config).columns.items()
+        ],
+        datasets=sorted({(each.site, each.dataset) for each in source.statement.accounts}),
         sentences=manifest.head == "pooled"
         and manifest.format == "hf"
         and (manifest.form == "merged" or base.hub is not None),
@@ -80,7 +85,7 @@ def make(source: Source, manifest: Manifest, base: Base, measured: Measured | No
         title=title,
         records=next((int(each.value) for each in source.metrics if each.name in NO_SCORES), None),
         score=_score,
-        number=words.number,
+        number=words.score,
         size=words.size,
         statement=source.statement,
         claim=statement_page.claim(source.statement),

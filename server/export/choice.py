@@ -12,7 +12,7 @@ from server import checkpoints
 from server.history.records import Metric, Round
 from server.privacy.records import ranges
 from shared.errors import NotFoundError
-from shared.score_names import telling
+from shared.score_names import telling, title
 
 Asked = int | Literal["best", "last"]
 DOWNWARDS = ("loss", "perplexity", "calibration_error", "wer", "cer")  # scores of which the lowest is the best
@@ -44,12 +44,21 @@ def choose(folder: Path, rounds: list[Round], scores: list[tuple[int, Metric]], 
         raise NotFoundError(f"Run {run} has no committed round {number}; its last is {rounds[-1].number}.")
     if not checkpoints.path(folder, chosen.checkpoint.digest).is_file():
         kept = [each.number for each in rounds if checkpoints.path(folder, each.checkpoint.digest).is_file()]
-        best = "the best " if asked == "best" else ""
+        best, remedy = ("the best ", _best_kept(scores, kept, run)) if asked == "best" else ("", "export one of them")
         raise NotFoundError(
             f"The checkpoint of {best}round {chosen.number} of run {run} is not in {folder}, which keeps those of rounds "
-            f"{ranges(kept) or 'none'} (federation.keep_checkpoints); export one of them, or restore it from a backup."
+            f"{ranges(kept) or 'none'} (federation.keep_checkpoints); {remedy}, or restore it from a backup."
         )
     return Choice(chosen, by)
+
+
+def _best_kept(scores: list[tuple[int, Metric]], kept: list[int], run: str) -> str:
+    """Name the best of the rounds that are kept, where they have a score."""
+    left = [(number, each) for number, each in scores if number in kept]
+    if not left:
+        return "export one of them"
+    number, by = _best(left, run)
+    return f"export the best of them, --round {number} ({title(by.name)} {by.value:.3f})"
 
 
 def _best(scores: list[tuple[int, Metric]], run: str) -> tuple[int, Metric]:

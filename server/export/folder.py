@@ -18,7 +18,7 @@ from server.export.manifest import Manifest
 from server.export.source import Source, read
 from server.history.store import History
 from server.privacy import statement_page
-from server.report.words import number, score, size
+from server.report.words import score, size
 from shared import arrays, models
 from shared.errors import ModelError, MoonflowerError
 from shared.models import LoadedModel
@@ -58,7 +58,7 @@ class Written:
             before, after = map(size, self.measured.sizes)
             found.append(f"int8: {after} instead of {before}.")
             found += [
-                f"{title(old.name)} on the public test set: {number(new.value)} instead of {number(old.value)}."
+                f"{title(old.name)} on the public test set: {score(new.value)} instead of {score(old.value)}."
                 for old, new in zip(self.measured.before, self.measured.after, strict=True)
             ]
         return found

@@ -153,11 +153,7 @@ class Run(Network):
     def __init__(self, session: "Session", tensor: bool) -> None:
         super().__init__()
         self._run, self._tensor = session, tensor
-
-    @property
-    def device(self) -> torch.device:
-        """The CPU."""
-        return torch.device("cpu")
+        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)  # tells the device and the precision
 
     def forward(self, **inputs: Tensor) -> Any:
         """Return what the run's network does: logits alone, or a class of transformers' outputs."""

@@ -83,6 +83,7 @@ def test_a_best_round_that_is_no_longer_kept_is_named_with_those_that_are(played
     with pytest.raises(NotFoundError, match=r"of best round 1|of the best round 1") as caught:
         run.export(tmp_path / "out", chosen="best")
     assert "which keeps those of rounds 2-3 (federation.keep_checkpoints)" in str(caught.value).replace("–", "-")
+    assert "; export the best of them, --round 3 (accuracy 0.800), or restore it" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

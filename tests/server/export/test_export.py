@@ -154,6 +154,8 @@ def test_a_card_says_what_was_trained_where_and_with_what_promise(lora, folders)
     assert f"`{last.checkpoint.digest}`" in text
     assert f"`{lora.history.run(lora.id).config_digest}`" in text
     assert "fine-tuned across 3 sites" in text
+    assert "A record has text (text), pair (text, where there is one), label (label)." in text
+    assert "| north | tiny.north |\n" in text
     assert "| sites | north, south, west |" in text
     assert "rank 8, alpha 16, query, dense, layers 1" in text
     assert f"torch {torch.__version__}" in text
