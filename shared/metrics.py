@@ -131,7 +131,7 @@ def thresholds(counts: Counts, noise: float = 0.0, *, many: bool = False) -> npt
     bins = by_score.shape[-1]
     half = _half(bins)
     found = _f1_from(by_score)
-    best = found.argmax(-1)
+    best = (found - 1e-9 * np.abs(np.arange(bins) - half)).argmax(-1)  # of equals the nearest to one half
     gain = np.take_along_axis(found, best[:, None], -1)[:, 0] - found[:, half]
     least = np.zeros(len(found))
     if noise > 0:  # a fixed generator, as in `with_intervals`
