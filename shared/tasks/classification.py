@@ -46,6 +46,11 @@ class Classification(Task):
         """Return {"labels"}: (B,), or (B, labels) of 0 and 1."""
         return {"labels": torch.from_numpy(np.stack([record["labels"] for record in records]))}
 
+    def targets_of(self, fields: Mapping[str, Any], device: torch.device) -> Tensor:
+        """All rows' labels, (rows,) or (rows, labels)."""
+        found = super().targets_of(fields, device)
+        return found.reshape(-1, self.labels) if self.settings.multi_label else found
+
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy; under `task.multi_label` the mean over labels of each one's own."""
         labels = batch["labels"]

@@ -178,3 +178,12 @@ def test_the_number_of_threads_is_the_sites(new_desk: Desks) -> None:
         torch.set_num_threads(before)
     with pytest.raises(ConfigError, match="threads=0 must be at least 1"):
         parse(type(desk.site), desk.site.model_dump() | {"threads": 0}, source="site.toml")
+
+
+def test_the_head_of_many_labels_is_trained_and_scored_on_features(
+    new_desk: Desks, new_rows: Callable[..., Any]
+) -> None:
+    rows = [row | {"label": [row["label"], "good"] if row["label"] == "bad" else []} for row in new_rows(100)]
+    desk = new_desk(config={"model": {"trainable": "head"}, "task": {"multi_label": True}, "training": ONCE}, rows=rows)
+    assert set(ask(desk, {}).update) == {"head.weight", "head.bias"}
+    assert desk.evaluate(3, desk.start()).histogram["counts"].shape == (2, 2, 10)
