@@ -86,9 +86,19 @@ class _Field:
         self._header(0)
 
     def add(self, array: Array) -> None:
-        """Write one row."""
+        """Write one row.
+
+        Raises
+        ------
+        EngineError
+            Where its further axes are not the first row's.
+        """
+        if (array.ndim == 0) != self._single or array.shape[1:] != self._shape:
+            raise EngineError(
+                f"{self._values.name}: a record has an array {array.shape}, others {('T', *self._shape)}."
+            )
         length = 1 if self._single else len(array)
-        self._stream.write(np.ascontiguousarray(array, dtype=self._kind).reshape(length, *self._shape).tobytes())
+        self._stream.write(np.ascontiguousarray(array, dtype=self._kind).tobytes())
         self._lengths.append(length)
 
     def close(self) -> None:

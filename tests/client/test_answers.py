@@ -5,15 +5,15 @@ import math
 import os
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from kept import tokens
 
-from client import data
 from client.privacy.randomness import Keystream
 from shared import accounting, messages
 from shared.errors import (
@@ -26,6 +26,7 @@ from shared.errors import (
     RetryError,
 )
 from shared.run_config import RunConfig
+from shared.tasks.text_classification import TextClassification
 
 Desks = Callable[..., Any]
 
@@ -437,19 +438,19 @@ def test_large_arrays_within_reason_are_answered_like_any_other(new_desk: Desks)
 def test_a_text_that_breaks_the_runs_tokenizer_goes_unseen(
     new_desk: Desks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    right = data.tokenise
+    right = TextClassification.encode
 
-    def choosy(tokenizer: Any, texts: list[str], labels: list[int], max_length: int) -> Any:
-        if any("awful" in text for text in texts):
-            raise ValueError(f"no token for {texts[0]}")
-        return right(tokenizer, texts, labels, max_length)
+    def choosy(task: TextClassification, values: Mapping[str, Any], processor: Any) -> Any:
+        if "awful" in values["text"]:
+            raise ValueError(f"no token for {values['text']}")
+        return right(task, values, processor)
 
-    monkeypatch.setattr(data, "tokenise", choosy)
+    monkeypatch.setattr(TextClassification, "encode", choosy)
     desk = new_desk()
     desk.join()
     parts = desk.resident.parts(desk.site, desk.config)
     assert len(parts.train) + len(parts.validation) == 100
-    assert parts.train.tokens.count((0,)) + parts.validation.tokens.count((0,)) == 10
+    assert tokens(parts.train).count((0,)) + tokens(parts.validation).count((0,)) == 10
     assert "cannot take" in caplog.text
     assert "awful" not in caplog.text
     desk.train()
@@ -471,7 +472,7 @@ def test_a_split_that_changes_stops_the_site(desk: Any, change: str) -> None:
         case "share":
             dataset = dataset.model_copy(update={"validation": 0.21})
         case "column":
-            dataset = dataset.model_copy(update={"id_column": "text"})
+            dataset = dataset.model_copy(update={"columns": {"id": "text"}})
     desk.site = desk.site.model_copy(update={"dataset": dataset})
     for ask in (desk.train, desk.evaluate, desk.join):
         with pytest.raises(DataError, match="split by another"):

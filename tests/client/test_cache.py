@@ -290,6 +290,12 @@ def test_a_task_without_chunks_gives_none(tmp_path: Path, monkeypatch: pytest.Mo
         written(tmp_path / "cut", [("a", [row(1), row(2)])])
 
 
+@pytest.mark.parametrize("other", [{"ids": np.zeros((2, 3))}, {"ids": np.asarray(1)}, {"labels": np.zeros(2)}])
+def test_arrays_that_are_not_alike_are_an_error_and_never_mixed_up(tmp_path: Path, other: dict[str, Any]) -> None:
+    with pytest.raises(EngineError):
+        written(tmp_path / "mixed", [("a", {"ids": np.zeros((3, 2))}), ("b", other)])
+
+
 def test_the_list_names_only_arrays(desk: Any) -> None:
     parts(desk)
     (entry,) = entries(desk.site)

@@ -61,7 +61,12 @@ def rename_with_the_sites_word(desk: Any) -> None:
 
 
 def change_the_ids(desk: Any) -> None:
-    declare(desk, id_column="text")
+    declare(desk, columns={"id": "text"})
+
+
+def declare_persons(desk: Any) -> None:
+    declare(desk, unit_column="text", persons=100, records=None)
+    desk.config = desk.config.model_copy(update={"privacy": desk.config.privacy.model_copy(update={"unit": "person"})})
 
 
 INHERITED, OWN = "all its spends", "an account of its own"
@@ -75,7 +80,8 @@ TABLE: dict[str, tuple[Callable[[Any], None], str | type[MoonflowerError]]] = {
     "another declared size": (declare_another_size, INHERITED),
     "a new id, without a word": (rename, DataError),
     "a new id, and the site's word that no record is shared": (rename_with_the_sites_word, OWN),
-    "another split key, share or id column": (change_the_ids, DataError),
+    "another split key, share, id column or unit column": (change_the_ids, DataError),
+    "a unit column where there was none, or none where there was one": (declare_persons, MoonflowerError),
 }
 
 
