@@ -247,6 +247,6 @@ def test_a_probe_on_private_records_is_caught(
     with monkeypatch.context() as patch:
         patch.setattr(training.EncoderPass, "made_up", of_the_site)
         assert not probes_alike(new_desk, new_rows, "tokens")
-    scaled = "features *= torch.tensor("
+    scaled = "features[:4] *= torch.tensor("
     with planted(training.HeadPass.made_up, scaled, f"features = self._features[:4].clone(); {scaled}"):
         assert not probes_alike(new_desk, new_rows, "features")
