@@ -126,7 +126,12 @@ class Bench:
             policy = Policy(max_epsilon=20.0, models=("*",))
             self.sites.append(
                 Site(
-                    name=f"site-{number}", dataset=dataset, privacy=policy, split_key=place / "split.key", device="cpu"
+                    name=f"site-{number}",
+                    dataset=dataset,
+                    privacy=policy,
+                    split_key=place / "split.key",
+                    cache=place / "cache",
+                    device="cpu",
                 )
             )
         held = [[label in row["label"] if self.many else label == row["label"] for label in labels] for row in train]
