@@ -175,7 +175,7 @@ def test_a_row_at_fault_is_told_to_the_sites_log_and_to_nobody_else(
     desk = new_desk(rows=rows)
     reasons = {assert_refusal(send(desk.site, kind, record), "failed") for kind, record in requests(desk).items()}
     assert reasons == {"the site's data or machine is at fault; its own log says why."}
-    assert f"row 21: label {SECRET!r}" in caplog.text
+    assert f"row 21: 'label' holds the label {SECRET!r}" in caplog.text
     assert desk.spent() == 0
 
 
