@@ -97,7 +97,7 @@ MISTAKES = {
     "no such model": (["--set", "model.name='/nowhere'"], "model.name='/nowhere' is not a folder"),
     "another digest": (["--set", f"model.digest='{'0' * 64}'"], "is not that of"),
     "an unknown label": (["--set", "task.labels=['good', 'bad']"], "is not one of the declared"),
-    "a missing file": (["--set", "data.folder='/nowhere'"], "/nowhere/"),
+    "a missing file": (["--set", "data.folder='/nowhere'"], "/nowhere holds no records of 'north'"),
     "a bad URL": (["--database", "nonsense"], "database URL cannot be read"),
     "another database": (["--database", "mysql://x@y/z"], "'mysql' is not supported"),
     "no such folder": (["--database", "sqlite:////nowhere/at/all.db"], "does not exist"),
@@ -135,7 +135,7 @@ def test_a_declared_size_far_from_the_truth_is_refused_with_a_better_one(refused
 
 def test_a_site_without_a_file_is_named(refused, scenario_file):
     err = refused(scenario_file(sites=[{"name": "east", "records": 60}], federation={"min_sites": 1}))
-    assert "east.jsonl cannot be read: " in err
+    assert "holds no records of 'east'; data.folder needs, for each site, one SITE.jsonl" in err
 
 
 def test_rows_that_break_the_declaration_are_named_before_anything_runs(refused, scenario_file, tmp_path):
@@ -152,7 +152,7 @@ def test_rows_that_break_the_declaration_are_named_before_anything_runs(refused,
         assert said in refused(file)
     (tmp_path / "east.jsonl").write_text(good)
     (tmp_path / "test.jsonl").write_text('{"text": 3, "label": "positive"}\n')
-    assert "test.jsonl, row 1: not a JSON object with a text and a label" in refused(file)
+    assert "test.jsonl, row 1: 'text' holds a whole number, and no text" in refused(file)
 
 
 def test_a_home_that_cannot_be_written_is_named(refused, tiny_scenario, tmp_path, monkeypatch):
