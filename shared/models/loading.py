@@ -171,13 +171,23 @@ def _check_loaded(encoder: Any, found: Any, name: str, task: Task) -> None:
 
 
 def _check_apart(module: Network, name: str) -> None:
-    """Refuse batch normalisation, by which a record's gradient depends on its neighbours: the probe would, and less plainly."""
+    """Refuse what lets a record's gradient depend on its neighbours: batch normalisation, and experts of limited room.
+
+    The probe would refuse the first, and less plainly. The second it cannot see: its batches are too small to crowd an expert.
+    """
     found = [place for place, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     if found:
         raise ModelError(
             f"model.name={name!r} has batch normalisation ({found[0].removeprefix('encoder.')!r} and {len(found) - 1} more), which "
             "mixes the records of a batch, so that clipping bounds none of them; use a model with layer or group normalisation, "
             "such as ViT, Swin or ConvNeXt."
+        )
+    crowded = [place for place, part in module.named_modules() if hasattr(part, "expert_capacity")]
+    if crowded:
+        raise ModelError(
+            f"model.name={name!r} has experts with room for so many tokens of a batch ({crowded[0].removeprefix('encoder.')!r} and "
+            f"{len(crowded) - 1} more): whether a record's tokens get theirs may depend on its neighbours, so that clipping bounds "
+            "none of them; use a model without such a limit."
         )
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from writers import END, TWO_PARTS, config_of, probed, two_parts
+import transformers
+from writers import END, PARTS, TOKENS, TWO_PARTS, VOCABULARY, config_of, probed, two_parts
 
 from shared import generation, models
 from shared.errors import ModelError
@@ -138,3 +139,19 @@ def test_a_model_that_does_not_say_how_an_answer_begins_is_refused(folders: dict
         (folder / name).write_text(json.dumps(held), encoding="utf-8")
     with pytest.raises(ModelError, match="decoder_start_token_id"):
         models.load(config_of(folder, "seq2seq"))
+
+
+def test_experts_with_room_for_so_many_tokens_of_a_batch_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record's tokens lose their expert to its neighbours', in batches larger than the probe's."""
+    settings = transformers.NllbMoeConfig(
+        vocab_size=VOCABULARY, d_model=32, max_position_embeddings=64, decoder_start_token_id=END, num_experts=4,
+        expert_capacity=64, encoder_sparse_step=1, decoder_sparse_step=1, **PARTS, **TOKENS,
+    )  # fmt: skip
+    monkeypatch.setitem(TWO_PARTS, "nllb-moe", lambda: settings)
+    folder = two_parts(tmp_path, "nllb-moe")
+    with pytest.raises(
+        ModelError, match=r"has experts with room for so many tokens of a batch \('.*router' and \d+ more"
+    ):
+        models.load(config_of(folder, "seq2seq", model={"trainable": "lora", "lora": {"targets": "attention"}}))
