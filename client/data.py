@@ -117,7 +117,9 @@ def _encoded(record: Record, task: Task, processor: Any) -> Encoded | Chunks | N
     """
     try:
         return task.encode(record.values, processor)
-    except Exception as error:  # whatever it is
+    except BaseException as error:  # whatever it is: a tokenizer that panics raises no `Exception`
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise
         let_interrupts_through(error)
         return None
 

@@ -435,15 +435,20 @@ def test_large_arrays_within_reason_are_answered_like_any_other(new_desk: Desks)
     assert desk.spent() == 2
 
 
+@pytest.mark.parametrize("panic", [False, True])
 def test_a_text_that_breaks_the_runs_tokenizer_goes_unseen(
-    new_desk: Desks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    new_desk: Desks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, panic: bool
 ) -> None:
+    """A tokenizer's own panic is no `Exception`."""
     right = TextClassification.encode
 
     def choosy(task: TextClassification, values: Mapping[str, Any], processor: Any) -> Any:
-        if "awful" in values["text"]:
-            raise ValueError(f"no token for {values['text']}")
-        return right(task, values, processor)
+        if "awful" not in values["text"]:
+            return right(task, values, processor)
+        if panic:
+            cut: dict[str, Any] = {"truncation": "only_second", "max_length": 32, "stride": 10}
+            processor("the " * 20, "film " * 40, return_overflowing_tokens=True, **cut)
+        raise ValueError(f"no token for {values['text']}")
 
     monkeypatch.setattr(TextClassification, "encode", choosy)
     desk = new_desk()
