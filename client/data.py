@@ -20,7 +20,7 @@ from client.cache import Cache, references
 from client.digests import Digests
 from client.encoded import Writer
 from client.site import Dataset, Site, split_key
-from shared import records
+from shared import record_files, records
 from shared.errors import DataError, let_interrupts_through
 from shared.examples import Examples
 from shared.media import Clip, Image
@@ -81,30 +81,30 @@ def load(site: Site, task: Task, processor: Any, digests: Digests) -> Parts:
     content = digests.of(dataset.path)
 
     def make(folder: Path) -> set[Path]:
-        named = _encode(dataset, task, key, processor, folder)
-        if digests.of(dataset.path) != content:
+        named = _encode(dataset, task, key, processor, digests, folder)
+        if digests.of(dataset.path) != content or digests.each(map(Path, named)) != named:
             raise DataError(f"{dataset.path} has changed while it was read; start when nothing writes to it any more.")
-        return named
+        return {Path(name) for name in named}
 
     entry = Cache(site.cache, dataset.id).get(content, _made_of(dataset, task, key, processor), digests, make)
     train, validation = (Examples.open(task, processor, entry / part) for part in PARTS)
     return Parts(train, validation, references(entry))
 
 
-def _encode(dataset: Dataset, task: Task, key: bytes, processor: Any, folder: Path) -> set[Path]:
-    """Write both parts; return the files that the records name."""
-    strange, named = 0, set()
+def _encode(dataset: Dataset, task: Task, key: bytes, processor: Any, digests: Digests, folder: Path) -> dict[str, str]:
+    """Write both parts; return the files that the records name, as they were before they were encoded."""
+    strange, named = 0, dict[str, str]()
     places = [folder / part for part in PARTS]
     for place in places:
         place.mkdir()
     with Writer(places[0], task) as train, Writer(places[1], task) as validation:
         for record in read(dataset, task):
+            media = (value for value in record.values.values() if isinstance(value, Image | Clip))
+            named = digests.each(value.source.path for value in media if value.source.path is not None) | named
             encoded = _encoded(record, task, processor)
             strange += encoded is None
             writer = validation if is_validation(record.unit, key, dataset.validation) else train
             writer.add(record.unit, task.stand_in(record.values) if encoded is None else encoded)
-            media = (value for value in record.values.values() if isinstance(value, Image | Clip))
-            named |= {value.source.path for value in media if value.source.path is not None}
     if strange:
         log.warning("the run's processor cannot take %d records", strange)
     return named
@@ -130,6 +130,7 @@ def _made_of(dataset: Dataset, task: Task, key: bytes, processor: Any) -> str:
         mode="json", include={"labels", "columns", "label_names", "unit_column", "validation"}
     )
     said = [
+        str(record_files.base(dataset.path).absolute()),  # where the files lie that records name
         json.dumps([declared, task.name, task.settings.model_dump(mode="json"), _own(task)], sort_keys=True),
         hashlib.sha256(key).hexdigest(),
         _processor_digest(processor),

@@ -173,7 +173,7 @@ def _source(value: Any, folder: Path, what: str) -> Source:
 
 
 def inside(text: str, folder: Path) -> Path:
-    """Return the file that a path in `folder` names.
+    """Return the file that a path in `folder` names, by that name: where a link is changed, it is another file.
 
     Raises
     ------
@@ -189,7 +189,7 @@ def inside(text: str, folder: Path) -> Path:
         if not found.stat().st_size:
             raise Fault(f"names {text!r}, which is an empty file")
         with found.open("rb"):
-            return found
+            return folder.absolute() / text
     except OSError as error:
         raise Fault(f"names {text!r}, which cannot be read: {error.strerror}") from None
     except ValueError as error:

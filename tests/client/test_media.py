@@ -89,6 +89,59 @@ def test_an_image_that_a_table_names_is_looked_at_too(new_site: Sites, config: R
         resident.parts(site, config)
 
 
+def named(new_site: Sites, *folders: str) -> Site:
+    """Give a site whose table names ten images, with the same table in other folders beside it."""
+    site = of(new_site, f"{folders[0]}/scans.jsonl")
+    rows = "".join(json.dumps({"id": n, "image": f"{n}.png", "label": "good"}) + "\n" for n in range(10))
+    for folder in folders:
+        for number in range(10):
+            paint(site.dataset.path.parents[1] / folder / f"{number}.png", number)
+        (site.dataset.path.parents[1] / folder / "scans.jsonl").write_text(rows, encoding="utf-8")
+    return site
+
+
+def test_the_same_table_in_another_folder_names_other_images(new_site: Sites, config: RunConfig) -> None:
+    """A version of the data from which a patient's face was taken out, say, while the older one is still there."""
+    site = named(new_site, "old", "new")
+    assert pixels(Resident().parts(site, config)) == list(range(10))
+    place = site.dataset.path.parents[1] / "new" / "scans.jsonl"
+    paint(place.parent / "0.png", 99)
+    moved = site.model_copy(update={"dataset": site.dataset.model_copy(update={"path": place})})
+    assert pixels(Resident().parts(moved, config)) == [*range(1, 10), 99]
+
+
+def test_a_link_that_names_another_image_now_is_followed(new_site: Sites, config: RunConfig) -> None:
+    """As tools that keep versions of data do it: the older image stays where it was."""
+    site = named(new_site, "data")
+    link, store = site.dataset.path.parent / "0.png", site.dataset.path.parent / "store"
+    paint(store / "new.png", 99)
+    link.rename(store / "old.png")
+    link.symlink_to(store / "old.png")
+    resident = Resident()
+    assert pixels(resident.parts(site, config)) == list(range(10))
+    link.unlink()
+    link.symlink_to(store / "new.png")
+    assert pixels(resident.parts(site, config)) == [*range(1, 10), 99]
+    assert pixels(Resident().parts(site, config)) == [*range(1, 10), 99]
+
+
+def test_an_image_that_changes_while_it_is_encoded_is_refused(
+    new_site: Sites, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = named(new_site, "data")
+    encoding = data._encoded
+
+    def slowly(record: Any, *more: Any) -> Any:
+        encoded = encoding(record, *more)
+        if record.id == "3":
+            paint(site.dataset.path.parent / "3.png", 99)
+        return encoded
+
+    monkeypatch.setattr(data, "_encoded", slowly)
+    with pytest.raises(DataError, match="has changed while it was read"):
+        Resident().parts(site, config)
+
+
 def test_a_run_of_another_task_is_refused_by_what_the_site_declares(new_site: Sites, config: RunConfig) -> None:
     texts = new_site("texts")
     texts.dataset.path.unlink()  # no record is looked at
