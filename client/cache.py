@@ -8,6 +8,7 @@ now; older ones are removed.
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -23,6 +24,7 @@ log = logging.getLogger("moonflower.site")
 
 KEPT = 3  # entries of one data set: as many runs of it can take turns
 LIST = "entry.json"
+ENTRY = re.compile(r"[0-9a-f]{32}-[0-9a-f]{32}")  # the name of an entry: of its content, and of what it was made of
 FRESH = ".new-"  # how the name of an entry begins that is being made
 ABANDONED = 86_400  # seconds after which nobody goes on with one
 
@@ -90,7 +92,9 @@ class Cache:
             with suppress(FileNotFoundError):
                 if time.time() - begun.stat().st_mtime > ABANDONED:
                     shutil.rmtree(begun, ignore_errors=True)
-        entries = [entry for entry in self._folder.iterdir() if not entry.name.startswith(FRESH)]
+        entries = [
+            entry for entry in self._folder.iterdir() if ENTRY.fullmatch(entry.name)
+        ]  # and nobody else's folders
         current = [entry for entry in entries if entry.name.startswith(f"{content[:32]}-")]
         newest = sorted(current, key=lambda entry: entry.stat().st_mtime, reverse=True)[:KEPT]
         for entry in entries:

@@ -113,6 +113,16 @@ def test_entries_of_what_the_file_held_before_are_removed_and_few_of_the_rest_ar
     assert len(entries(desk.site)) == 1
 
 
+def test_a_folder_that_is_no_entry_is_left_alone(desk: Any) -> None:
+    """Whoever names the data's own folder as the cache loses nothing."""
+    theirs = desk.site.cache / desk.site.dataset.id / "images"
+    for made in (theirs.parents[1], theirs.parent, theirs):
+        made.mkdir(mode=0o700)
+    (theirs / "1.png").write_bytes(b"1")
+    parts(desk)
+    assert (theirs / "1.png").exists()
+
+
 @pytest.mark.parametrize("damage", ["a byte", "an end", "a file", "the list", "an array more"])
 def test_a_damaged_entry_is_made_anew(damage: str, desk: Any) -> None:
     whole = tokens(parts(desk).train)
