@@ -36,7 +36,9 @@ class Data(Section):
     @model_validator(mode="after")
     def _folder_is_named(self) -> Self:
         if (self.source == "folder") != (self.folder is not None):
-            raise ValueError("data.folder is needed with source='folder', and only then")
+            raise ValueError(
+                "data.folder is needed with source='folder', and only then; --set data.folder=DIR gives it"
+            )
         if self.unit_column is not None and self.source != "folder":
             raise ValueError(
                 f"data.unit_column={self.unit_column!r} needs source='folder': the built-in data names no persons"
@@ -112,8 +114,9 @@ def load(name: str, overrides: dict[str, Any]) -> Scenario:
         _put(values, key, value)
     scenario = parse(Scenario, values, source=path.name)
     if scenario.data.folder is not None:
+        root = Path() if "data.folder" in overrides else path.parent  # as whoever wrote it sees it
         scenario = scenario.model_copy(
-            update={"data": scenario.data.model_copy(update={"folder": path.parent / scenario.data.folder})}
+            update={"data": scenario.data.model_copy(update={"folder": root / scenario.data.folder})}
         )
     return scenario
 

@@ -26,7 +26,7 @@ def complaint(call, *arguments):
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_built_in_scenario_is_valid_private_and_named_as_its_file(name):
-    read = scenario.load(name, {})
+    read = scenario.load(name, {} if name.startswith("vader") else {"data.folder": "records"})
     assert read.privacy.private
     assert name.startswith(read.name) or read.name.startswith(name)
     assert isinstance(read.run_config(), RunConfig)
@@ -115,3 +115,16 @@ def test_an_unknown_name_is_answered_with_those_that_are_built_in(name):
 def test_a_setting_without_a_value_is_taken_out_so_that_another_can_stand_in_its_place():
     phase = scenario.load("vader", {"training.sampling_rate": "", "training.batch_size": 200}).training
     assert (phase.sampling_rate, phase.batch_size) == (None, 200)
+
+
+def test_a_folder_is_relative_to_the_file_that_names_it_or_to_where_the_command_is_given(tmp_path, monkeypatch):
+    text = (files("simulations") / "scenarios" / "text-classification.toml").read_text(encoding="utf-8")
+    (tmp_path / "own.toml").write_text(text.replace('source = "folder"', 'source = "folder"\nfolder = "records"'))
+    assert scenario.load(str(tmp_path / "own.toml"), {}).data.folder == tmp_path / "records"
+    monkeypatch.chdir(tmp_path)
+    assert scenario.load("text-classification", {"data.folder": "mine"}).data.folder.absolute() == tmp_path / "mine"
+
+
+def test_a_built_in_scenario_without_data_says_how_to_give_them():
+    with pytest.raises(ConfigError, match="--set data.folder=DIR"):
+        scenario.load("causal-lm", {})
