@@ -144,7 +144,9 @@ def main() -> None:
         layout(given.data, folder)
         resident, test = Warm(), None
         for name, changes in VARIANTS:
-            config, sites = make(folder, given.model, {"epsilon": given.epsilon, "max_noise_multiplier": 100.0} | changes)
+            config, sites = make(
+                folder, given.model, {"epsilon": given.epsilon, "max_noise_multiplier": 100.0} | changes
+            )
             plans = [plan.make(config, site.dataset.card()) for site in sites]
             test = test or TestSet(folder / "test.jsonl", config, resident.model(config, "cpu"))
             scores = [100 * run(config, sites, plans, resident, test) for _ in range(given.runs)]

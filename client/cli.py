@@ -158,7 +158,13 @@ def epsilon(site: Path | None, ledger: Path | None, dataset: str | None, style: 
         ]
     if style == "json":
         order = account.order
-        header = {"dataset": account.dataset, "unit": account.unit, "runs_delta": at, "lifetime_delta": account.delta, "order": order}
+        header = {
+            "dataset": account.dataset,
+            "unit": account.unit,
+            "runs_delta": at,
+            "lifetime_delta": account.delta,
+            "order": order,
+        }
         _json(header | {"runs": runs, "lifetime": lifetime})
         return
     click.echo(f"Each run, by PLD at delta {at:g}")

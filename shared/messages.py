@@ -113,11 +113,11 @@ class EvaluateRequest:
 
 @dataclass(frozen=True)
 class EvaluateReply:
-    """A noised histogram of (true label, predicted label, confidence bin), and the privacy that it cost."""
+    """Noised counts of how the model does (of a classifier: true label, predicted label, bin), and the privacy that they cost."""
 
     site: str = public()
     round: int = public()
-    histogram: Arrays = released()  # {"counts": (labels, labels, confidence_bins)}
+    histogram: Arrays = released()  # {"counts": the task's cells}
     noise_multiplier: float = public()
     epsilon: float = public()
     mechanism: str = public()

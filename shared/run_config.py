@@ -162,7 +162,9 @@ class Augmentation(Section):
     multiplicity: int = Field(0, ge=0, le=64)
     # Of images.
     flip: bool = True  # left for right, half of the time: not where labels tell the two apart, as in writing
-    crop: float = Field(0.1, ge=0, le=0.5)  # share of a side by which an image is moved at most; its edge is mirrored in
+    crop: float = Field(
+        0.1, ge=0, le=0.5
+    )  # share of a side by which an image is moved at most; its edge is mirrored in
     jitter: float = Field(0.0, ge=0, lt=1)  # of light, contrast and colour: 0.2 multiplies each by 0.8 to 1.2
     # Of sounds.
     shift: float = Field(0.1, ge=0, le=60)  # seconds earlier or later, at most

@@ -37,7 +37,7 @@ PUBLIC = {  # what a site's replies hold besides what is released; every field m
 }
 RELEASED = {
     "update": "the noised sum of clipped gradients, as an update of the trained arrays",
-    "histogram": "the noised histogram of (true label, predicted label, confidence)",
+    "histogram": "the noised counts of how the model does on validation records (of a classifier: true label, predicted label, confidence)",
 }
 SOURCES = {
     "aes-256-ctr": "AES-256 in counter mode, keyed by the operating system's entropy",

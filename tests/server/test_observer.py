@@ -32,7 +32,9 @@ def test_the_log_says_which_run_has_no_privacy(caplog, new_run, sqlite_url):
 
     caplog.set_level("INFO", "moonflower.run")
     with History.open(sqlite_url) as history:
-        Log().run_started(new_run(history, private=False), [JoinReply("a", "d", "record", 10, 0.1, "ab" * 16, 0, "0" * 64)])
+        Log().run_started(
+            new_run(history, private=False), [JoinReply("a", "d", "record", 10, 0.1, "ab" * 16, 0, "0" * 64)]
+        )
     assert "WITHOUT PRIVACY (epsilon inf), sites a" in caplog.text
 
 

@@ -24,7 +24,8 @@ def config(seed=0, **federation):
 
 def joined(nodes, records=lambda number: 100):
     return {
-        node: JoinReply(f"site-{i:02}", "d", "record", records(i), 0.1, f"{i:032x}", 0, "0" * 64) for i, node in enumerate(nodes)
+        node: JoinReply(f"site-{i:02}", "d", "record", records(i), 0.1, f"{i:032x}", 0, "0" * 64)
+        for i, node in enumerate(nodes)
     }
 
 

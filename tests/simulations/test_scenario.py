@@ -126,5 +126,5 @@ def test_a_folder_is_relative_to_the_file_that_names_it_or_to_where_the_command_
 
 
 def test_a_built_in_scenario_without_data_says_how_to_give_them():
-    with pytest.raises(ConfigError, match="--set data.folder=DIR"):
+    with pytest.raises(ConfigError, match=r"--set data\.folder=DIR"):
         scenario.load("causal-lm", {})
