@@ -94,6 +94,7 @@ def load(site: Site, task: Task, processor: Any, digests: Digests) -> Parts:
 def _encode(dataset: Dataset, task: Task, key: bytes, processor: Any, digests: Digests, folder: Path) -> dict[str, str]:
     """Write both parts; return the files that the records name, as they were before they were encoded."""
     strange, named = 0, dict[str, str]()
+    widest = task.widest(processor)
     places = [folder / part for part in PARTS]
     for place in places:
         place.mkdir()
@@ -102,6 +103,7 @@ def _encode(dataset: Dataset, task: Task, key: bytes, processor: Any, digests: D
             media = (value for value in record.values.values() if isinstance(value, Image | Clip))
             named = digests.each(value.source.path for value in media if value.source.path is not None) | named
             encoded = _encoded(record, task, processor)
+            encoded = encoded if encoded is not None and _goes_through(encoded, task, widest) else None
             strange += encoded is None
             writer = validation if is_validation(record.unit, key, dataset.validation) else train
             writer.add(record.unit, task.stand_in(record.values) if encoded is None else encoded)
@@ -122,6 +124,20 @@ def _encoded(record: Record, task: Task, processor: Any) -> Encoded | Chunks | N
             raise
         let_interrupts_through(error)
         return None
+
+
+def _goes_through(encoded: Encoded | Chunks, task: Task, widest: Encoded) -> bool:
+    """Whether what the network reads is no longer than the widest record, which it took when it was loaded, and of no higher token.
+
+    A tokenizer that puts more tokens around a text than `task.max_length` leaves room for cuts nothing, without a word: the
+    model would fail on long texts alone.
+    """
+    rows = encoded if isinstance(encoded, list) else [encoded]
+    read = [(name, row[name]) for row in rows for name in task.inputs if name in widest]
+    return all(
+        len(array) <= len(widest[name]) and (name != "input_ids" or array.max(initial=0) <= widest[name].max())
+        for name, array in read
+    )
 
 
 def _made_of(dataset: Dataset, task: Task, key: bytes, processor: Any) -> str:

@@ -462,6 +462,26 @@ def test_a_text_that_breaks_the_runs_tokenizer_goes_unseen(
     desk.evaluate()
 
 
+@pytest.mark.parametrize("ids", [[5] * 600, [5, 10**6]])
+def test_a_text_that_would_break_the_runs_model_goes_unseen(
+    new_desk: Desks, monkeypatch: pytest.MonkeyPatch, ids: list[int]
+) -> None:
+    """More tokens than `task.max_length`, or one that the model does not have: the tokenizer is the coordinator's choice."""
+    right = TextClassification.encode
+
+    def wild(task: TextClassification, values: Mapping[str, Any], processor: Any) -> Any:
+        made = right(task, values, processor)
+        return made | {"input_ids": np.asarray(ids, dtype=np.int32)} if "awful" in values["text"] else made
+
+    monkeypatch.setattr(TextClassification, "encode", wild)
+    desk = new_desk()
+    desk.join()
+    parts = desk.resident.parts(desk.site, desk.config)
+    assert tokens(parts.train).count((0,)) + tokens(parts.validation).count((0,)) == 10
+    desk.train()
+    desk.evaluate()
+
+
 # -- the split is for the dataset's life ------------------------------------------------------------------------
 
 
