@@ -72,7 +72,7 @@ def test_scores_are_those_of_one_record_at_a_time_after_every_change_of_the_arra
         ("{", "row 2: not a JSON object"),
         ("[1]", "row 2: not a JSON object"),
         ('{"text": "x"}', "row 2: column 'label' is missing"),
-        ('{"text": 3, "label": "positive"}', "row 2: 'text' is empty, or no text"),
+        ('{"text": 3, "label": "positive"}', "row 2: 'text' holds a whole number, and no text"),
         ('{"text": "x", "label": "neutral"}', "row 2: .*'neutral', which is not one of the declared"),
     ],
 )
@@ -87,9 +87,9 @@ def test_a_row_that_is_no_test_record_is_named(tmp_path, config, model, row, sai
 def test_a_missing_an_empty_and_a_binary_file_are_named(tmp_path, config, model):
     with pytest.raises(DataError, match="cannot be read"):
         evaluation.TestSet(tmp_path / "none.jsonl", config, model)
-    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "file.jsonl").write_bytes(b"")
     with pytest.raises(DataError, match="holds no records"):
-        evaluation.TestSet(tmp_path / "file", config, model)
-    (tmp_path / "file").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="cannot be read"):
-        evaluation.TestSet(tmp_path / "file", config, model)
+        evaluation.TestSet(tmp_path / "file.jsonl", config, model)
+    (tmp_path / "file.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="row 1: not UTF-8"):
+        evaluation.TestSet(tmp_path / "file.jsonl", config, model)

@@ -22,6 +22,7 @@ def hold():
     time.sleep(5)
     print("went on")
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
 cli.root.add_command(hold)
 cli.root.get_command = lambda ctx, name: hold
 import sys

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import kept
 import numpy as np
 import pytest
 import torch
@@ -156,8 +157,9 @@ class LeakyReply(messages.TrainReply):
 def raw_loss(resident: Resident, site: sites.Site, config: Any) -> float:
     model, examples = resident.model(config, site.device), resident.parts(site, config).train
     with torch.no_grad():
-        logits = torch.cat([model.module(torch.tensor([t]), torch.ones(1, len(t))) for t in examples.tokens])
-    return float(nn.functional.cross_entropy(logits, torch.tensor(examples.labels)))
+        given = [torch.tensor([ids]) for ids in kept.tokens(examples)]
+        logits = torch.cat([model.module(input_ids=ids, attention_mask=torch.ones_like(ids)) for ids in given])
+    return float(nn.functional.cross_entropy(logits, torch.tensor(kept.labels(examples))))
 
 
 def test_a_raw_metric_released_is_caught(
@@ -182,11 +184,16 @@ def test_a_raw_metric_released_is_caught(
         added = "gradients=done.gradients, loss=raw_loss(resident, site, config),"
         with planted(answers._release, "gradients=done.gradients,", added):
             assert leaks(new_desk, new_rows, "losses") == ({"train.loss"}, 0)
-    sent = 'return {"counts": noised.numpy()}'
-    accuracy = "np.float32([np.trace(counts.sum(2)) / counts.sum()])"
-    with planted(evaluation.evaluate, sent, f'return {{"counts": noised.numpy(), "accuracy": {accuracy}}}'):
+    sent = 'return {"counts": noised.reshape(model.task.cells).numpy()}'
+    accuracy = "np.float32([np.trace(total.reshape(model.task.cells).sum(2)) / total.sum()])"
+    bare = "(noised.numpy() * (total > 0)).astype(np.float32).reshape(model.task.cells)"
+    with planted(
+        evaluation.evaluate,
+        sent,
+        f'return {{"counts": noised.reshape(model.task.cells).numpy(), "accuracy": {accuracy}}}',
+    ):
         assert leaks(new_desk, new_rows, "scores") == ({"released names"}, 1)
-    with planted(evaluation.evaluate, sent, 'return {"counts": (noised.numpy() * (counts > 0)).astype(np.float32)}'):
+    with planted(evaluation.evaluate, sent, f'return {{"counts": {bare}}}'):
         differing, bare = leaks(new_desk, new_rows, "zeros")
         assert (differing, bare > 0) == (set(), True)
 

@@ -302,8 +302,8 @@ def test_a_failing_probe_spends_nothing_and_releases_nothing(
     desk = new_desk(config={phase: once, "training": {"rounds": 1}})
     right = Pooled.features
 
-    def coupled(self: Pooled, ids: Tensor, mask: Tensor) -> Tensor:
-        found = right(self, ids, mask)
+    def coupled(self: Pooled, **inputs: Tensor) -> Tensor:
+        found = right(self, **inputs)
         return found - 0.5 * found.mean(0)
 
     monkeypatch.setattr(Pooled, "features", coupled)

@@ -104,7 +104,7 @@ def test_a_batch_that_fits_no_memory_is_tried_a_few_times_only(
         return full() if objective.records > 3 else right(self, objective, *rest, **named)
 
     monkeypatch.setattr(Gradients, "add", full_of_records)
-    monkeypatch.setattr(metrics, "count", full)
+    monkeypatch.setattr(metrics, "cells", full)
     for number in range(3):
         with pytest.raises(torch.OutOfMemoryError):
             getattr(desk, kind)(run=f"run-{number}")

@@ -99,10 +99,10 @@ def test_a_new_task_learns_under_privacy_in_a_whole_run(
         "name": "rating",
         "model": {"name": str(tiny_model), "lora": {"rank": 2, "alpha": 2}},
         "task": {"name": "rating", "labels": list(told), "max_length": 16},
-        "warm_start": {"rounds": 12, **head, **server},
+        "warm_start": {"rounds": 30, **head, **server},
         "training": {"rounds": 1, "sampling_rate": 0.3, "clipping_norm": 0.5},
         "privacy": {"max_noise_multiplier": 100.0},
-        "evaluation": {"every": 13},
+        "evaluation": {"every": 31},
     }
     sites = {name: [row() for _ in range(400)] for name in ("north", "south")}
     before, after, pooled = tiny_networks.run(tmp_path, settings, sites, [row() for _ in range(200)])
