@@ -65,9 +65,10 @@ class Packed(nn.Module):
 
     def weight(self, kind: torch.dtype) -> Tensor:
         """Return the weight (out, in)."""
-        from bitsandbytes import functional as four_bit
+        from bitsandbytes import functional
 
-        state = four_bit.QuantState(  # type: ignore[no-untyped-call]
+        four_bit: Any = functional  # partly typed, and not always installed
+        state = four_bit.QuantState(
             absmax=self.scales.float(),
             shape=torch.Size((self.scales.numel(), BLOCK)),
             code=self.levels.float(),
@@ -75,7 +76,8 @@ class Packed(nn.Module):
             quant_type="nf4",
             dtype=torch.float32,
         )
-        values = four_bit.dequantize_4bit(self.packed, state).flatten()[: self.out_features * self.in_features]
+        values: Tensor = four_bit.dequantize_4bit(self.packed, state).flatten()
+        values = values[: self.out_features * self.in_features]
         return values.view(self.out_features, self.in_features).to(kind)
 
     def forward(self, x: Tensor) -> Tensor:
