@@ -26,8 +26,8 @@ class Network(nn.Module):
         return next(self.parameters()).device
 
     def features(self, **inputs: Tensor) -> Tensor:
-        """Return the head's input."""
-        raise NotImplementedError
+        """Return the head's input; a network without a head apart has none."""
+        raise TypeError(f"{type(self).__name__} has no head apart, and so no features.")
 
 
 class Pooled(Network):
