@@ -25,7 +25,7 @@ class Network(nn.Module):
         """Where the parameters are."""
         return next(self.parameters()).device
 
-    def features(self, **inputs: Tensor) -> Tensor:
+    def features(self, **inputs: Tensor) -> Tensor:  # noqa: ARG002 - of a subclass
         """Return the head's input; a network without a head apart has none."""
         raise TypeError(f"{type(self).__name__} has no head apart, and so no features.")
 
