@@ -115,7 +115,7 @@ def image(value: Any, folder: Path) -> Image:
         raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         raise Fault(f"{_named(value)}is an image of more than {MOST_PIXELS} pixels") from None
-    except Exception:
+    except Exception:  # decoders of many formats, on broken bytes: they have no common kind
         raise Fault(f"{_named(value)}is no image that can be decoded ({', '.join(IMAGES)})") from None
 
 
