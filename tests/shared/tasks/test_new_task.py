@@ -93,14 +93,14 @@ def test_a_new_task_learns_under_privacy_in_a_whole_run(
         return {"text": f"the film was {draw.choice(told[label])} and so {draw.choice(told[label])}", "label": label}
 
     assert Rating.name in tasks.names()
-    head = {"sampling_rate": 1.0, "learning_rate": 2.0, "clipping_norm": 1.0, "local_steps": 3}
+    head = {"sampling_rate": 1.0, "learning_rate": 0.5, "clipping_norm": 1.0, "local_steps": 3}
     server = {"server_optimizer": "sgd", "server_learning_rate": 1.0}
     settings = {
         "name": "rating",
         "model": {"name": str(tiny_model), "lora": {"rank": 2, "alpha": 2}},
         "task": {"name": "rating", "labels": list(told), "max_length": 16},
         "warm_start": {"rounds": 30, **head, **server},
-        "training": {"rounds": 1, "sampling_rate": 0.3, "clipping_norm": 0.5},
+        "training": {"rounds": 1, "sampling_rate": 0.3, "clipping_norm": 0.5, "server_learning_rate": 1e-3},
         "privacy": {"max_noise_multiplier": 100.0},
         "evaluation": {"every": 31},
     }
