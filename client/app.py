@@ -18,7 +18,7 @@ from client.privacy.randomness import Keystream
 from client.resident import Resident
 from client.site import Site
 from shared.errors import BudgetError, ConfigError, MoonflowerError, RefusedError, let_interrupts_through
-from shared.messages import REQUESTS, Kind, Refusal, from_record, to_record
+from shared.messages import REQUESTS, Held, Kind, Refusal, from_record, to_record
 
 log = logging.getLogger("moonflower.site")
 R = TypeVar("R")
@@ -27,14 +27,18 @@ SiteOf = Callable[[Context], Site]
 UNKNOWN = "unknown"  # the name of a site whose site.toml cannot be read
 
 
-def build(site_of: SiteOf, randomness: Randomness = lambda _: Keystream.from_system()) -> ClientApp:
+def build(
+    site_of: SiteOf,
+    randomness: Randomness = lambda _: Keystream.from_system(),
+    resident: Resident | None = None,
+) -> ClientApp:
     """Return a ClientApp for the sites that `site_of` finds.
 
     `randomness` makes the source of a request's sampling and noise; only a test may give another than the
-    operating system's.
+    operating system's. `resident` is the process's warm state, where it is not one of its own.
     """
     app = ClientApp()
-    resident = Resident()
+    resident = Resident() if resident is None else resident
 
     def handle(kind: Kind, message: Message, context: Context) -> Message:
         name = UNKNOWN
@@ -51,7 +55,8 @@ def build(site_of: SiteOf, randomness: Randomness = lambda _: Keystream.from_sys
             let_interrupts_through(error)
             log.exception("%s: %s request failed", name, kind)
             reply = Refusal(name, "failed", "the site failed; its own log says why.")
-        return Message(to_record(reply), reply_to=message)
+        content = Held(reply) if isinstance(message.content, Held) else to_record(reply)
+        return Message(content, reply_to=message)
 
     @app.query()
     def join(message: Message, context: Context) -> Message:

@@ -7,7 +7,8 @@ reply at a time is read, and let go before the next.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from flwr.app import Message, RecordDict
@@ -16,7 +17,7 @@ from flwr.serverapp import Grid
 from server import mail
 from server.history.records import Outcome
 from server.mail import Node
-from shared.messages import Kind, MessageError, Refusal, content_size, from_record, size, to_record
+from shared.messages import Held, Kind, MessageError, Refusal, content_size, from_record, size, to_record
 
 R = TypeVar("R")
 
@@ -52,13 +53,21 @@ class Question(Generic[R]):
     request: Any
     expected: type[R]
     largest: int = SMALL
-    content: RecordDict = field(init=False, repr=False)
-    bytes: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        """Write the request down, once for all nodes."""
-        object.__setattr__(self, "content", to_record(self.request))
-        object.__setattr__(self, "bytes", content_size(self.content))
+    @cached_property
+    def held(self) -> Held:
+        """The request for nodes of this machine, whom nothing need be written down for."""
+        return Held(self.request)
+
+    @cached_property
+    def content(self) -> RecordDict:
+        """The request written down, once for all nodes."""
+        return to_record(self.request)
+
+    @cached_property
+    def bytes(self) -> int:
+        """What it takes to send it."""
+        return content_size(self.held)
 
 
 @dataclass(frozen=True)
@@ -169,7 +178,8 @@ class Desk:
         """Send a question to those of `nodes` that it is not under way to; return those whom it cannot be sent to."""
         asked = self.asked(question)
         wanted = [node for node in nodes if node not in asked]
-        sent = mail.push(self._grid, question.kind, question.number, question.content, wanted)
+        content = question.held if mail.in_process(self._grid) else question.content
+        sent = mail.push(self._grid, question.kind, question.number, content, wanted)
         for node, key in sent.items():
             activated = self.online[node].activated if node in self.online else ""
             self._under_way[key] = Letter(node, nodes[node], question, time.monotonic(), due, activated)

@@ -61,11 +61,19 @@ def _ttl() -> float:
     return DEFAULT_TTL - secrets.randbelow(2**30) / 2**30
 
 
+def in_process(grid: Grid) -> bool:
+    """Whether the grid's nodes are on this machine and read `shared.messages.Held`, and each pull gives few replies."""
+    return bool(getattr(grid, "in_process", False))
+
+
 def fetcher(grid: Grid) -> Fetch:
     """Return what yields the replies to messages that are there, when an honest reply has at most so many bytes.
 
-    Of a real SuperLink a reply is fetched piece by piece, and never more of it; elsewhere in shares of `MEMORY`.
+    Of a real SuperLink a reply is fetched piece by piece, and never more of it; from nodes of this machine as they come;
+    elsewhere in shares of `MEMORY`.
     """
+    if in_process(grid):
+        return partial(_fetch_each, grid)
     if not hasattr(type(grid), "_runtime_client"):  # as flwr's HttpGrid has, whose module takes a second to import
         return partial(_fetch, grid)
     from server.parcels import Parcels
@@ -77,6 +85,13 @@ def fetcher(grid: Grid) -> Fetch:
             yield from parcels.fetch(ids, largest)
 
     return fetch
+
+
+def _fetch_each(grid: Grid, ids: Sequence[str], largest: int) -> Iterator[Message]:  # noqa: ARG001 - as `Fetch`
+    with _reached():
+        while replies := list(grid.pull_messages(ids)):
+            while replies:
+                yield replies.pop(0)
 
 
 def _fetch(grid: Grid, ids: Sequence[str], largest: int) -> Iterator[Message]:

@@ -33,6 +33,7 @@ UNITS = ("record", "person")
 LEDGER_ID, LEDGER_HEAD = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
 FLAT, SHAPES = "flat", ".shapes"  # how a field of arrays is called in a record
 MOST_DIMENSIONS = 16
+NPY_HEADER = 128  # bytes of numpy's header of an array of one dimension, in which Flower's arrays travel
 MOST_SHAPES = 2**20  # characters: of names and shapes; a model of 10,000 arrays has fewer
 LARGEST = 2**31 - 1  # of a count that a database keeps
 
@@ -152,6 +153,17 @@ class MessageError(MoonflowerError):
     """What arrived is not the message that was expected."""
 
 
+class Held(RecordDict):
+    """A message that stays on its machine: a Flower record in name, which nobody needs to write out or to read.
+
+    Its arrays are shared by whoever is given it, to be read only.
+    """
+
+    def __init__(self, message: Any) -> None:
+        super().__init__()
+        self.__dict__["message"] = message
+
+
 def to_record(message: Any) -> RecordDict:
     """Turn one of this module's messages into a Flower record: an ArrayRecord a field of arrays, one ConfigRecord.
 
@@ -178,6 +190,8 @@ def from_record(record: RecordDict, *kinds: type[Any]) -> Any:
     A record's own views (`array_records` and its like) are not touched: each makes a cycle, which would keep a message of
     many megabytes until Python looks for cycles.
     """
+    if isinstance(record, Held):
+        return _checked(record, *kinds)
     held_values = record.get("values")
     values = held_values if isinstance(held_values, ConfigRecord) else None
     name = None if values is None else str(values.get("message"))
@@ -201,6 +215,14 @@ def from_record(record: RecordDict, *kinds: type[Any]) -> Any:
         else:
             raise MessageError(f"{name}.{item} is not a {hints[item]}.")
     return kind(**arguments)
+
+
+def _checked(record: Held, *kinds: type[Any]) -> Any:
+    message: Any = record.__dict__["message"]
+    if not isinstance(message, kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise MessageError(f"expected {expected}, received {type(message).__name__!r}.")
+    return message
 
 
 def _apart(field: str, record: ArrayRecord, shapes: object) -> Arrays:
@@ -324,12 +346,28 @@ def content_size(content: RecordDict) -> int:
     Values are counted here, arrays by Flower: its own count fails on empty texts and lists, and a site may
     send those.
     """
+    if isinstance(content, Held):
+        return _written_size(content.__dict__["message"])
     counted = 0
     for record in content.values():
         if isinstance(record, ArrayRecord):
             counted += record.count_bytes()
         else:
             counted += sum(len(key) + _size(value) for key, value in record.items())
+    return counted
+
+
+def _written_size(message: Any) -> int:
+    """Bytes that `to_record` would make of a message, by its fields' sizes."""
+    counted = len("message") + len(type(message).__name__)
+    for item in fields(message):
+        value = getattr(message, item.name)
+        if isinstance(value, dict):
+            counted += sum(array.nbytes for array in value.values()) + len(FLAT) + NPY_HEADER
+            shapes = json.dumps({name: array.shape for name, array in value.items()})
+            counted += len(item.name + SHAPES) + len(shapes)
+        else:
+            counted += len(item.name) + _size(value)
     return counted
 
 

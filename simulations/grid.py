@@ -6,7 +6,7 @@ contract test holds it against the installed version.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import count
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -21,18 +21,20 @@ from shared.errors import let_interrupts_through
 log = logging.getLogger("moonflower.simulation")
 
 
-class InProcessGrid(Grid):
-    """Virtual nodes, each a node configuration (what Flower gives a real SuperNode by `--node-config`)."""
+NodeConfig = dict[str, str | int | float | bool]  # what Flower gives a real SuperNode by `--node-config`
 
-    def __init__(self, app: ClientApp, nodes: dict[int, dict[str, str | int | float | bool]], run_id: int = 1) -> None:
-        self._app = app
+
+class InProcessGrid(Grid):
+    """Virtual nodes, each a node configuration."""
+
+    in_process = True  # for `server.mail`: what is pushed is `shared.messages.Held`
+
+    def __init__(self, app: ClientApp, nodes: Mapping[int, NodeConfig], run_id: int = 1) -> None:
+        self._app, self._nodes = app, nodes
         self._run = Run.create_empty(run_id)
         self._numbers = count(1)
         self._waiting: dict[str, Message] = {}
-        self._contexts = {
-            node: Context(run_id=run_id, node_id=node, node_config=config, state=RecordDict(), run_config={})
-            for node, config in nodes.items()
-        }
+        self._contexts: dict[int, Context] = {}  # of nodes that keep something between two messages
         # Message() reads these to name its sender.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, SUPERLINK_NODE_ID, 1
 
@@ -58,7 +60,7 @@ class InProcessGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the virtual nodes' ids."""
-        return list(self._contexts)
+        return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Keep the messages until their replies are pulled."""
@@ -80,9 +82,17 @@ class InProcessGrid(Grid):
         return [reply for message_id in self.push_messages(messages) for reply in self.pull_messages([message_id])]
 
     def _answer(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
         try:
-            return self._app(message=message, context=self._contexts[message.metadata.dst_node_id])
+            context = self._contexts.get(node) or self._fresh(node)
+            reply = self._app(message=message, context=context)
         except Exception as error:  # as a SuperNode does: a fault of one site is that site's error reply
             let_interrupts_through(error)
-            log.exception("the ClientApp of node %d failed", message.metadata.dst_node_id)
+            log.exception("the ClientApp of node %d failed", node)
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__), reply_to=message)
+        if context.state:
+            self._contexts[node] = context
+        return reply
+
+    def _fresh(self, node: int) -> Context:
+        return Context(self._run.run_id, node, self._nodes[node], state=RecordDict(), run_config={})

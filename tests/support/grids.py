@@ -26,6 +26,8 @@ class WildGrid(InProcessGrid):
     and a node that is away answers with an error that names no node.
     """
 
+    in_process = False
+
     def __init__(self, app, nodes, delay: Callable[[int, str, str], float] = lambda *_: 0.0, keys=None) -> None:
         super().__init__(app, nodes)
         self.delay, self.keys = delay, keys or {}
@@ -40,7 +42,7 @@ class WildGrid(InProcessGrid):
     def get_nodes(self) -> list[Info]:
         return [
             Info(node, f"start {self.starts.get(node, 0)}", self.keys.get(node, b""))
-            for node in self._contexts
+            for node in self._nodes
             if node not in self.away
         ]
 
