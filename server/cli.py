@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from server.history.records import Metric, Participation, Round, Run, Spend
+from server.history.records import Metric, Participation, Round, Run, Spend, Sweep
 from server.listing import Format, Row, show
 from shared.errors import NotFoundError
 from shared.paths import default_database
@@ -23,10 +23,13 @@ Command = Callable[..., None]
 NEWEST = 100  # rows, unless --limit says otherwise
 LONG_COLUMNS = ("ledger_id", "ledger_head")  # not in a table
 NO_PRIVACY = "∞ (no privacy)"
+SHOWN_OF_RUN = ["run", "name", "status", "rounds_done", "rounds_planned", "privacy", "created_at", "finished_at"]
 RUN_COLUMNS = [
-    *("run", "name", "status", "rounds_done", "rounds_planned", "privacy", "created_at", "finished_at"),
+    *SHOWN_OF_RUN,
     *("private", "version", "config_digest", "origin", "submitted_by", "stop_requested_at"),  # not in a table
+    *("sweep", "cell"),
 ]
+SWEEP_COLUMNS = ["sweep", "name", "runs", "completed", "created_at", "version"]
 ROUND_COLUMNS = ["round", "attempt", "phase", "started_at", "seconds", "checkpoint", "bytes"]
 
 _database = click.option(
@@ -78,18 +81,36 @@ def history() -> None:
 
 
 @history.command()
-@_options()
-def runs(database: str, style: Format, limit: int) -> None:
+@_options(click.option("--sweep", metavar="SWEEP", help="Only this sweep's: its id, a beginning of it, or `last`."))
+def runs(sweep: str | None, database: str, style: Format, limit: int) -> None:
     """List the runs, newest first.
 
     Example: moonflower history runs --limit 5
     """
     with _open(database) as store:
-        found = store.runs(limit=_one_more(limit))
+        if sweep is None:
+            found, title = store.runs(limit=_one_more(limit)), "Runs, newest first"
+        else:
+            asked = find_sweep(store, sweep).id
+            found, title = store.trials(asked, limit=_one_more(limit)), f"Runs of sweep {asked}, newest first"
     rows = [_run_row(run) for run in found]
-    shown = {"table": RUN_COLUMNS[:-6]}.get(style, RUN_COLUMNS)
+    shown = {"table": [*SHOWN_OF_RUN, *(("cell",) if sweep else ())]}.get(style, RUN_COLUMNS)
     kept = rows[:limit] if limit else rows
-    show(kept, shown, style, title="Runs, newest first", note=_note(rows, limit))
+    show(kept, shown, style, title=title, note=_note(rows, limit))
+
+
+@history.command()
+@_options()
+def sweeps(database: str, style: Format, limit: int) -> None:
+    """List the sweeps, newest first, and how many runs of each have been completed.
+
+    Example: moonflower history sweeps
+    """
+    with _open(database) as store:
+        found = store.sweeps(limit=_one_more(limit))
+        rows = [{"sweep": each.id, **vars(each), **_counted(store.trials(each.id))} for each in found]
+    kept = rows[:limit] if limit else rows
+    show(kept, SWEEP_COLUMNS, style, title="Sweeps, newest first", note=_note(rows, limit))
 
 
 @history.command()
@@ -208,6 +229,16 @@ def find_run(store: "History", run_id: str) -> Run:
     return newest[0]
 
 
+def find_sweep(store: "History", sweep: str) -> Sweep:
+    """Give the sweep of this id, of a beginning of it, or the newest for `last`."""
+    if sweep != "last":
+        return store.sweep(sweep)
+    newest = store.sweeps(limit=1)
+    if not newest:
+        raise NotFoundError("There is no sweep yet; `moonflower sweep` makes one.")
+    return newest[0]
+
+
 def _one_more(limit: int) -> int | None:
     return limit + 1 if limit else None  # the one more tells that rows were left out
 
@@ -218,7 +249,12 @@ def _note(rows: Sequence[Row], limit: int) -> str:
 
 
 def _run_row(run: Run) -> Row:
-    return {**vars(run), "run": run.id, "privacy": "differential" if run.private else NO_PRIVACY}
+    trial = {"sweep": run.trial and run.trial.sweep, "cell": run.trial and run.trial.cell}
+    return {**vars(run), **trial, "run": run.id, "privacy": "differential" if run.private else NO_PRIVACY}
+
+
+def _counted(runs: Sequence[Run]) -> Row:
+    return {"runs": len(runs), "completed": sum(run.status == "completed" for run in runs)}
 
 
 def _print_parts(

@@ -53,6 +53,30 @@ class RunRow(Base):
     stop_requested_at: Mapped[datetime | None]
 
 
+class SweepRow(Base):
+    """A study: the same scenario under many settings and seeds, a run each."""
+
+    __tablename__ = "sweeps"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    plan: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+    version: Mapped[str]
+
+
+class TrialRow(Base):
+    """A run's place in a sweep. A place has one run, whoever enters it first."""
+
+    __tablename__ = "trials"
+    __table_args__ = (Unique("sweep_id", "cell", "seed"),)
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), primary_key=True)
+    sweep_id: Mapped[str] = mapped_column(ForeignKey("sweeps.id"))
+    cell: Mapped[int]
+    seed: Mapped[int]
+
+
 class AttemptRow(Base):
     """One process's try at a run. The newest one that has not ended owns the run."""
 

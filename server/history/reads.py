@@ -17,8 +17,9 @@ from server.history.models import (
     RoundRow,
     RunRow,
     SpendRow,
+    TrialRow,
 )
-from server.history.records import Attempt, Checkpoint, Event, Ledger, Metric, Participation, Round, Run, Spend
+from server.history.records import Attempt, Checkpoint, Event, Ledger, Metric, Participation, Round, Run, Spend, Trial
 from shared.errors import NotFoundError
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def resolve(session: Session, run_id: str) -> str:
 def runs(session: Session, run_id: str | None, limit: int | None, *where: ColumnElement[bool]) -> list[Run]:
     """Read the runs, newest first, or only the one with this id, or those that meet conditions."""
     done = select(func.max(RoundRow.number)).where(RoundRow.run_id == RunRow.id).scalar_subquery()
-    query = select(RunRow, func.coalesce(done, 0)).order_by(RunRow.created_at.desc(), RunRow.id.desc())
+    query = select(RunRow, func.coalesce(done, 0), TrialRow).outerjoin(TrialRow, TrialRow.run_id == RunRow.id)
+    query = query.order_by(RunRow.created_at.desc(), RunRow.id.desc())
     if run_id is not None:
         query = query.where(RunRow.id == run_id)
     query = query.where(*where)
@@ -69,8 +71,9 @@ def runs(session: Session, run_id: str | None, limit: int | None, *where: Column
             origin=row.origin,
             submitted_by=row.submitted_by,
             stop_requested_at=row.stop_requested_at,
+            trial=None if trial is None else Trial(trial.sweep_id, trial.cell, trial.seed),
         )
-        for row, count in session.execute(query.limit(limit))
+        for row, count, trial in session.execute(query.limit(limit))
     ]
 
 

@@ -19,6 +19,26 @@ ProgressKind = Literal["join", "train", "evaluate", "round", "run"]
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A run's place in a sweep: no other run has it."""
+
+    sweep: str
+    cell: int  # of the sweep's grid, from 1
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A study: one scenario under many settings and seeds, a run each."""
+
+    id: str
+    name: str
+    plan: dict[str, Any]  # what is varied and how, as JSON
+    created_at: datetime
+    version: str  # of Moonflower
+
+
+@dataclass(frozen=True)
 class Run:
     """One federated fine-tune, from its first round to its last, over as many attempts as it takes."""
 
@@ -36,6 +56,7 @@ class Run:
     origin: Origin = "simulate"
     submitted_by: str | None = None  # the name of the token that it came with
     stop_requested_at: datetime | None = None
+    trial: Trial | None = None  # where it is one of a sweep's
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from server.history import federation, reads, schema, writes
+from server.history import federation, reads, schema, sweeps, writes
 from server.history.engine import WRITES, connect, explain, is_memory, parse_url
 from server.history.models import MetricRow, ParticipationRow, SpendRow
 from server.history.records import (
@@ -32,6 +32,8 @@ from server.history.records import (
     RunStatus,
     SiteKey,
     Spend,
+    Sweep,
+    Trial,
 )
 
 
@@ -115,13 +117,19 @@ class History:
         version: str,
         origin: Origin = "simulate",
         submitted_by: str | None = None,
+        trial: Trial | None = None,
     ) -> Run:
-        """Enter a new run, pending; raise ConfigError if its id is taken. A daemon's runs wait in its `queue`."""
+        """Enter a new run, pending; raise ConfigError if its id is taken. A daemon's runs wait in its `queue`.
+
+        A sweep's run takes its place there in the same transaction; ConfigError where that is taken.
+        """
         values: dict[str, Any] = {"name": name, "config": config, "config_digest": config_digest}
         values |= {"rounds_planned": rounds_planned, "private": private, "version": version}
         values |= {"origin": origin, "submitted_by": submitted_by}
         with self._session(writing=True) as session:
             writes.create_run(session, run_id, values)
+            if trial is not None:
+                sweeps.enter(session, run_id, trial)
             return reads.runs(session, run_id, None)[0]
 
     def start_attempt(self, run_id: str, *, engine: str) -> Attempt:
@@ -175,6 +183,27 @@ class History:
         """Give the runs, newest first."""
         with self._session() as session:
             return reads.runs(session, None, limit)
+
+    def create_sweep(self, sweep_id: str, *, name: str, plan: dict[str, Any], version: str) -> Sweep:
+        """Enter a sweep, and give it; one that has the id already is given as it is."""
+        with self._session(writing=True) as session:
+            sweeps.create(session, sweep_id, {"name": name, "plan": plan, "version": version})
+            return sweeps.find(session, sweep_id)
+
+    def sweep(self, sweep_id: str) -> Sweep:
+        """Give one sweep, by its id or a prefix that fits no other; NotFoundError where there is none."""
+        with self._session() as session:
+            return sweeps.find(session, sweep_id)
+
+    def sweeps(self, *, limit: int | None = None) -> list[Sweep]:
+        """Give the sweeps, newest first."""
+        with self._session() as session:
+            return sweeps.read(session, limit)
+
+    def trials(self, sweep_id: str, *, limit: int | None = None) -> list[Run]:
+        """Give a sweep's runs, newest first."""
+        with self._session() as session:
+            return sweeps.runs(session, sweeps.find(session, sweep_id).id, limit)
 
     def attempts(self, run_id: str) -> list[Attempt]:
         """Give a run's attempts."""

@@ -8,7 +8,7 @@ Run it once when a revision is added, and keep the file for good: the tests upgr
 from datetime import UTC, datetime
 from pathlib import Path
 
-from server.history.records import Checkpoint, Ledger, Metric, Participation, Round, Spend
+from server.history.records import Checkpoint, Ledger, Metric, Participation, Round, Spend, Trial
 from server.history.schema import NEWEST
 from server.history.store import History
 
@@ -45,6 +45,7 @@ def main() -> None:
     file = Path(__file__).with_name(f"history-{NEWEST}.db")
     file.unlink(missing_ok=True)
     with History.open(f"sqlite:///{file}") as history:
+        history.create_sweep("lungs-5ca1e", name="lungs", plan={"grid": {"privacy.epsilon": [8.0]}}, version="0.1.0")
         for run, epsilon in [("lungs-1", 8.0), ("open-2", float("inf"))]:
             history.create_run(
                 run,
@@ -54,6 +55,7 @@ def main() -> None:
                 rounds_planned=3,
                 private=run == "lungs-1",
                 version="0.1.0",
+                trial=Trial("lungs-5ca1e", 1, 7) if run == "open-2" else None,
             )
             history.start_attempt(run, engine="in-process")
             history.commit_round(round_of(run, 1, 1, epsilon=epsilon / 16))

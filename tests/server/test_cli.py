@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from server.cli import database, history
 from server.history import schema
-from server.history.records import Participation
+from server.history.records import Participation, Trial
 from server.history.store import History
 from shared.errors import ConfigError, DatabaseError, MoonflowerError, NotFoundError
 from shared.paths import default_database, home
@@ -231,3 +231,26 @@ def test_help_needs_no_database_driver_and_no_torch():
 
 def test_errors_of_settings_and_of_databases_share_an_exit_code():
     assert ConfigError.exit_code == DatabaseError.exit_code == NotFoundError.exit_code == 2
+
+
+def test_the_runs_of_a_sweep_are_listed_by_themselves_and_sweeps_with_how_far_they_are(url):
+    with History.open(url) as store:
+        store.create_sweep("lungs-5ca1e", name="lungs", plan={}, version="0")
+        values = {"name": "x", "config": {}, "config_digest": "c0ffee", "rounds_planned": 3, "private": True}
+        for seed in (0, 1):
+            store.create_run(f"trial-{seed}", **values, version="0", trial=Trial("lungs-5ca1e", 4, seed))
+        store.finish_run("trial-0", "completed")
+    listed = rows("runs", "--sweep", "last", url=url)
+    assert [(row["run"], row["sweep"], row["cell"]) for row in listed] == [
+        ("trial-1", "lungs-5ca1e", 4),
+        ("trial-0", "lungs-5ca1e", 4),
+    ]
+    assert [row["sweep"] for row in rows("runs", url=url)] == ["lungs-5ca1e", "lungs-5ca1e", None, None]
+    assert said(history, "runs", "--sweep", "lungs", url=url).startswith("Runs of sweep lungs-5ca1e, newest first\n")
+    (row,) = rows("sweeps", url=url)
+    assert (row["sweep"], row["name"], row["runs"], row["completed"]) == ("lungs-5ca1e", "lungs", 2, 1)
+    assert isinstance(refused(history, "runs", "--sweep", "zebra", url=url), NotFoundError)
+
+
+def test_asking_for_the_last_sweep_where_there_is_none_names_the_command_that_makes_one(url):
+    assert "`moonflower sweep` makes one" in str(refused(history, "runs", "--sweep", "last", url=url))

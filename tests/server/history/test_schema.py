@@ -20,16 +20,19 @@ from sqlalchemy.exc import SQLAlchemyError
 from server.history import schema
 from server.history.engine import connect, parse_url
 from server.history.models import Base
+from server.history.records import Trial
 from server.history.store import History
 from shared.errors import DatabaseError
 
 ASSETS = Path(__file__).parents[2] / "assets"
 OPEN = "import sys; from server.history.store import History; History.open(sys.argv[1]).close()"
-SECOND = """
+BEFORE = schema.NEWEST  # also where a test puts another version in its place
+FURTHER = f"{int(schema.NEWEST) + 1:04}"
+SECOND = f"""
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision, branch_labels, depends_on = "0004", "0003", None, None
+revision, down_revision, branch_labels, depends_on = "{FURTHER}", "{schema.NEWEST}", None, None
 
 def upgrade():
     how = "always" if op.get_bind().dialect.name == "sqlite" else "auto"
@@ -56,9 +59,9 @@ def next_version(tmp_path, monkeypatch):
     def install(end="pass"):
         folder = tmp_path / "migrations"
         shutil.copytree(schema.MIGRATIONS, folder, ignore=shutil.ignore_patterns("__pycache__"))
-        (folder / "versions" / "0004_note.py").write_text(SECOND.replace("#END", end))
+        (folder / "versions" / f"{FURTHER}_note.py").write_text(SECOND.replace("#END", end))
         monkeypatch.setattr(schema, "MIGRATIONS", folder)
-        monkeypatch.setattr(schema, "NEWEST", "0004")
+        monkeypatch.setattr(schema, "NEWEST", FURTHER)
 
     return install
 
@@ -125,6 +128,9 @@ def test_a_database_of_each_past_revision_is_upgraded_and_read(asset, tmp_path):
         federated = asset.stem not in {"history-0001", "history-0002"}
         assert [key.node_id for key in history.site_keys() if not key.revoked_at] == ([2**64 - 1] if federated else [])
         assert [told.site for told in history.progress("lungs-1")][-1:] == (["aku"] if federated else [])
+        studied = asset.stem >= "history-0004"
+        assert [run.trial for run in runs] == [Trial("lungs-5ca1e", 1, 7) if studied else None, None]
+        assert [run.id for sweep in history.sweeps() for run in history.trials(sweep.id)] == ["open-2"] * studied
         assert history.events("lungs-1")[-1].text == "Attempt 2 completed."
         started = history.start_attempt("open-2", engine="flower")
         assert started.number == 2
@@ -143,7 +149,7 @@ def test_an_older_schema_is_refused_with_the_command_that_upgrades_it(shared_url
     message = str(caught.value)
     assert "has an older schema; back it up, then run `moonflower database upgrade --database " in message
     assert "\n" not in message
-    assert History.current_revision(shared_url) == "0003"
+    assert History.current_revision(shared_url) == BEFORE
 
 
 def test_an_upgrade_keeps_every_row_and_every_key(shared_url, next_version, new_run, new_round):
@@ -170,7 +176,7 @@ def test_an_upgrade_that_fails_changes_nothing(shared_url, next_version, new_run
     next_version(end="op.execute('SELECT * FROM no_such_table')")
     with pytest.raises(DatabaseError):
         History.upgrade(shared_url)
-    assert History.current_revision(shared_url) == "0003"
+    assert History.current_revision(shared_url) == BEFORE
     assert execute(shared_url, "SELECT number FROM rounds") == [(1,)]
     with pytest.raises(SQLAlchemyError, match="note"):
         execute(shared_url, "SELECT note FROM rounds")
