@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Arrays = dict[str, npt.NDArray[np.float32]]
+Packed = npt.NDArray[np.uint8]  # (bytes,): a site's update, as `shared.compression` packs it
+Update = Arrays | Packed  # a site's, as it travels
 
 
 def read(module: "nn.Module", names: Iterable[str]) -> Arrays:

@@ -212,14 +212,15 @@ class Privacy(Section):
 
     `unit` is who it is made to: a record, or a person with all their records; a site refuses a run of another unit than its
     data set's. Of a person, a training step takes at most `records_per_person` records, drawn anew by the site from that
-    person's alone: they share one clipping norm.
+    person's alone: they share one clipping norm. `clipping = "none"` bounds nobody's gradient, and is for runs that promise
+    nothing: it is what plain federated averaging does.
     """
 
     unit: PrivacyUnit = "record"
     records_per_person: int | None = Field(None, ge=1, le=64)
     epsilon: float = Field(8.0, gt=0)  # "inf" in JSON, which has no number for it
     delta: float = Field(1e-5, gt=0, lt=1)
-    clipping: Literal["flat", "normalise"] = "flat"
+    clipping: Literal["flat", "normalise", "none"] = "flat"
     noise: Literal["gaussian", "discrete"] = "gaussian"  # discrete: whole numbers, on gradients rounded to a grid
     # Of discrete noise: the grid's step over clipping norm / sqrt(trained parameters). The sensitivity, and with it
     # the noise, grows by half of this share, whatever the model.
@@ -246,6 +247,15 @@ class Privacy(Section):
             raise ValueError(
                 f"privacy.records_per_person={self.records_per_person} bounds persons' records, and privacy.unit is 'record'; "
                 "set it to 'person', or leave the bound out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_promise_needs_clipping(self) -> Self:
+        if self.clipping == "none" and (self.private or self.noise == "discrete"):
+            raise ValueError(
+                f"privacy.clipping='none' bounds no record, and privacy.epsilon={self.epsilon:g} with privacy.noise={self.noise!r} "
+                "needs a bound; set privacy.clipping to 'flat', or privacy.epsilon to inf and privacy.noise to 'gaussian'"
             )
         return self
 
@@ -298,6 +308,19 @@ class Federation(Section):
         return max(self.min_sites, math.ceil(Fraction(str(self.min_fraction)) * asked))  # 0.7 of 10 is 7, not 8
 
 
+class Compression(Section):
+    """How a site's update travels: as it is, or packed smaller after the noise, so that it costs no privacy.
+
+    `float16` rounds each value to sixteen bits, on a scale that the largest gives. `int8` rounds to eight, up or down at
+    random so that the mean is right, on a scale for each `block` values. `top-k` sends the share `keep` of values that are
+    largest; what a site has not sent, it adds to its next update of the phase.
+    """
+
+    update: Literal["none", "float16", "int8", "top-k"] = "none"
+    block: int = Field(256, ge=8, le=2**20)  # of int8: values that share a scale of 32 bits
+    keep: Share = 0.1  # of top-k
+
+
 class Evaluation(Section):
     """What is scored, and how often. Sites release one noisy histogram in each evaluated round."""
 
@@ -335,6 +358,7 @@ class RunConfig(Section):
     loss: Loss = Loss()
     privacy: Privacy = Privacy()
     federation: Federation = Federation()
+    compression: Compression = Compression()
     evaluation: Evaluation = Evaluation()
     hardware: Hardware = Hardware()
 
