@@ -36,6 +36,27 @@ SUPERLINK = "moonflower"  # the connection's name in Flower's config.toml, as do
 @click.option("--rounds", type=int, help="Short for --set training.rounds=...")
 @click.option("--seed", type=int, help="Short for --set seed=...")
 @click.option("--device", metavar="DEVICE", help="cuda:0, cpu or auto (the default), for coordinator and sites.")
+@click.option(
+    "--engine",
+    type=click.Choice(["in-process", "flower"]),
+    default="in-process",
+    show_default=True,
+    help="Where the sites run: in this process, or in Ray's, by Flower's own simulation engine (needs the extra `ray`).",
+)
+@click.option(
+    "--cpus-per-site", type=int, metavar="N", help="With --engine flower: CPUs of a site at work; 1 by default."
+)
+@click.option(
+    "--gpus-per-site",
+    type=float,
+    metavar="SHARE",
+    help="With --engine flower: GPUs of a site at work; 0.25 puts four on one. 0 by default.",
+)
+@click.option(
+    "--ray-address",
+    metavar="HOST:PORT",
+    help="With --engine flower: a running Ray cluster, or auto for this machine's; without it, Ray is started for the run.",
+)
 @click.option("--resume", metavar="RUN", help="Go on with a run after its last committed round; `last` is the newest.")
 @click.option("--prepare", "prepare_only", is_flag=True, help="Lay out the run for `flwr run` and do not start it.")
 @click.option(
@@ -61,6 +82,10 @@ def simulate(
     rounds: int | None,
     seed: int | None,
     device: str | None,
+    engine: Literal["in-process", "flower"],
+    cpus_per_site: int | None,
+    gpus_per_site: float | None,
+    ray_address: str | None,
     resume: str | None,
     prepare_only: bool,
     database: str,
@@ -84,11 +109,16 @@ def simulate(
         raise ConfigError(
             "--resume goes on with the run's own configuration; leave out the scenario and its settings, or start a new run."
         )
+    if engine != "flower" and any(value is not None for value in (cpus_per_site, gpus_per_site, ray_address)):
+        raise ConfigError(
+            "--cpus-per-site, --gpus-per-site and --ray-address are of --engine flower; add it, or leave them out."
+        )
     _keep_quiet()
     from server.cli import find_run
     from server.history.engine import is_memory, parse_url
     from server.history.store import History
-    from simulations import engine, prepare
+    from simulations import engine as in_process
+    from simulations import prepare
     from simulations import scenario as scenarios
 
     _stop_cleanly_on_sigterm()
@@ -97,6 +127,13 @@ def simulate(
         raise ConfigError(
             f"--database {database}: a database in memory ends with the process; name a file or a server."
         )
+    if engine == "flower":
+        from simulations import flower
+
+        resources = flower.Resources(
+            1 if cpus_per_site is None else cpus_per_site, gpus_per_site or 0.0, address=ray_address
+        )
+        resources.check(device or "auto")
     console = Console(stderr=style == "json", quiet=quiet)
     with History.open(database) as history:
         if resume is not None:
@@ -110,7 +147,11 @@ def simulate(
         if prepare_only:
             _print_prepared(run, prepare, database, style)
             return
-        finished = engine.play(run, database, None if quiet else console)
+        shown = None if quiet else console
+        if engine == "flower":
+            finished = flower.play(run, database, shown, resources)
+        else:
+            finished = in_process.play(run, database, shown)
         _print_finished(finished, history, database, console, quiet, style)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -55,10 +56,15 @@ class Live:
 
     def run_started(self, run: Run, sites: list[JoinReply]) -> None:
         """Name the run, its sites and its promise."""
-        self._console.print(f"[bold]{run.id}[/bold]: {run.rounds_planned} rounds over {len(sites)} sites")
-        for site in sites:
-            said = clean(f"  {site.site}: dataset {site.dataset}, {site.records} {site.unit}s declared")
-            self._console.print(Text(said), soft_wrap=True)
+        said = [f"{site.site}: dataset {site.dataset}, {site.records} {site.unit}s declared" for site in sites]
+        self.joined(run, f"{len(sites)} sites", said)
+
+    def joined(self, run: Run, sites: str, said: Sequence[str] = ()) -> None:
+        """Name a run and its promise, and say of its sites what is known."""
+        head = Text.assemble((run.id, "bold"), clean(f": {run.rounds_planned} rounds over {sites}"))
+        self._console.print(head, soft_wrap=True)
+        for text in said:
+            self._console.print(Text(clean(f"  {text}")), soft_wrap=True)
         if not run.private:
             self._console.print("[bold red]This run is WITHOUT PRIVACY (epsilon inf): no noise is added.[/bold red]")
         if run.rounds_done:

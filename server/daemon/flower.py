@@ -1,7 +1,7 @@
-"""What the daemon asks of its SuperLink: who its nodes are, a run's start and end, and a ServerApp's task.
+"""What is asked of a SuperLink: who its nodes are, a run's start and end, and the task of a ServerApp or a simulation.
 
-Flower's Control and Runtime APIs, by Flower's own clients; nothing else in the daemon knows them. Every call may
-block for `SECONDS` and belongs in a thread.
+Flower's Control and Runtime APIs, by Flower's own clients; nothing else knows them. Every call may block for `SECONDS`
+and belongs in a thread.
 """
 
 import ssl
@@ -32,6 +32,7 @@ from flwr.proto.control_pb2 import (
     StopRunRequest,
     UnregisterNodeRequest,
 )
+from flwr.proto.federation_config_pb2 import SimulationConfig
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.control import ControlHttpClient
@@ -47,6 +48,7 @@ FINISHED = "finished"
 T = TypeVar("T")
 
 # A bundle of these lines alone: both apps are the installed ones, by name.
+CLIENT = "client.app:app"
 BUNDLE = """
 [project]
 name = "moonflower"
@@ -57,7 +59,7 @@ publisher = "moonflower"
 
 [tool.flwr.app.components]
 serverapp = "server.app:app"
-clientapp = "client.app:app"
+clientapp = "{client}"
 
 [tool.flwr.app.config]
 run = ""
@@ -83,7 +85,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Started:
-    """A Flower run whose ServerApp waits to be started, and the token with which it takes up its task."""
+    """A Flower run whose process waits to be started, and the token with which that takes up its task."""
 
     id: int
     token: str
@@ -100,9 +102,11 @@ class Flower:
         The authority of its certificate; None: plaintext.
     secret : bytes
         What it was started with, for whoever takes tasks.
+    client : str
+        The ClientApp of its runs, "module:name"; sites' own processes run theirs, whatever is named here.
     """
 
-    def __init__(self, address: str, ca: Path | None, secret: bytes) -> None:
+    def __init__(self, address: str, ca: Path | None, secret: bytes, client: str = CLIENT) -> None:
         root, insecure = None if ca is None else ca.read_bytes(), ca is None
         self._authenticated = not insecure  # --insecure: nodes without keys that anyone has enrolled
         version = RuntimeVersionHttpInterceptor(component_name="moonflower")
@@ -114,7 +118,7 @@ class Flower:
         self._probe = ControlHttpClient(f"{scheme}://{address}", interceptors=[version], verify=verify, timeout=SOON)
         self._runtime = RuntimeHttpClient.from_server_address(address, insecure, root, [version, acquiring])
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "pyproject.toml").write_text(BUNDLE, encoding="utf-8")
+            (Path(folder) / "pyproject.toml").write_text(BUNDLE.format(client=client), encoding="utf-8")
             content = build_fab_from_disk(Path(folder))
         self._bundle = fab_to_proto(Fab(sha256(content).hexdigest(), content, {}))
 
@@ -157,11 +161,19 @@ class Flower:
     def start(self, folder: Path) -> Started:
         """Enter a Flower run for the Moonflower run in `folder`, and take its ServerApp's task."""
         config = user_config_to_proto({"run": str(folder), "authenticated": self._authenticated})
-        request = StartRunRequest(fab=self._bundle, override_config=config)
+        return self._start(StartRunRequest(fab=self._bundle, override_config=config), TaskType.SERVER_APP)
+
+    def simulate(self, folder: Path, resources: SimulationConfig) -> Started:
+        """Enter a Flower run that plays all sites of `folder` itself, and take its task; for a SuperLink of simulations."""
+        config = user_config_to_proto({"run": str(folder), "authenticated": False})
+        request = StartRunRequest(fab=self._bundle, override_config=config, override_federation_config=resources)
+        return self._start(request, TaskType.SIMULATION)
+
+    def _start(self, request: StartRunRequest, kind: TaskType) -> Started:
         run = int(_asked(lambda: self._control.StartRun(request)).run_id)
         if not run:
             raise SuperLinkError("the SuperLink did not start a Flower run.")
-        tasks = AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
+        tasks = AcquireTaskRequest(supported_task_types=[kind])
         while (taken := _asked(lambda: self._runtime.AcquireTask(tasks))).token:
             if taken.task.run_id == run:
                 return Started(run, taken.token)
