@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.aggregation import Fold, UpdateError
+from server.aggregation import fold as fold_module
 
 UNITS = [1.0, 0.05, 5.0, 1e-6, 3e-9]
 
@@ -83,13 +84,72 @@ def test_a_bad_update_is_refused_and_nothing_of_it_is_added(bad):
         np.testing.assert_array_equal(array, good[name])
 
 
-def test_a_sum_that_would_lose_bits_is_refused_although_each_update_is_small():
-    fold = Fold({"a": np.zeros(1)})
-    update = {"a": np.array([9000], np.float32)}
-    fold.add(update)
-    with pytest.raises(UpdateError, match="above 16384"):
+def test_sums_beyond_what_float64_keeps_lose_no_bit_in_any_order():
+    """300 sites with the most that a value may be, as many with its opposite, and one that is tiny."""
+    huge, tiny = np.array([2.0**14, 2.0**14], np.float32), np.array([2.0**-38, -3 * 2.0**-20], np.float32)
+    updates = [{"a": huge}] * 300 + [{"a": tiny}] + [{"a": -huge}] * 300
+    fold = Fold({"a": huge})
+    for update in updates:
         fold.add(update)
-    assert fold.mean()["a"] == 9000
+    np.testing.assert_array_equal(fold.mean()["a"], (tiny.astype(np.float64) / 601).astype(np.float32))
+    for order in (updates[::-1], updates[::2] + updates[1::2]):
+        assert folded(order, [1.0] * 601, 1.0)["a"].tobytes() == fold.mean()["a"].tobytes()
+
+
+def test_what_is_refused_rests_on_the_update_alone_and_not_on_those_before_it():
+    most = {"a": np.array([2.0**14], np.float32)}
+    fold = Fold(most)
+    for _ in range(50):
+        fold.add(most)
+    with pytest.raises(UpdateError, match="above 16384"):
+        fold.add({"a": np.array([16385], np.float32)})
+    assert fold.mean()["a"] == 2.0**14
+
+
+def large(seed):
+    """Two arrays of more than a block each, as they lie in a message: one after the other, not to be written to."""
+    flat = np.random.default_rng(seed).normal(0, 1, 300_000).astype(np.float32)
+    flat.flags.writeable = False
+    return {"a": flat[:170_000].reshape(1000, 170), "b": flat[170_000:]}
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_threads_change_no_bit_and_a_bad_value_anywhere_leaves_nothing_behind(monkeypatch, threads):
+    monkeypatch.setattr(fold_module, "WORTH", 1)
+    one, several = Fold(large(0), threads=1), Fold(large(0), threads=threads)
+    assert len(several._shares) == threads
+    for seed, weight in ((0, 1.0), (1, 0.3), (2, 1.0)):
+        one.add(large(seed), weight)
+        several.add(large(seed), weight)
+        for place in (0, 70_000, 169_999):
+            bad = {name: array.copy() for name, array in large(seed).items()}
+            bad["a"].ravel()[place] = np.nan
+            bad["b"][place % 130_000] = 1e9
+            with pytest.raises(UpdateError, match="'a' is not finite"):
+                several.add(bad)
+    for name in ("a", "b"):
+        assert one.mean()[name].tobytes() == several.mean()[name].tobytes()
+
+
+def test_an_update_is_folded_in_without_a_copy_of_it():
+    update = {"a": np.ones(5_000_000, np.float32)}
+    fold = Fold(update, threads=1)
+    fold.add(update)
+    tracemalloc.start()
+    fold.add(update)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 0.1 * update["a"].nbytes
+
+
+@given(data=st.data())
+def test_weights_of_any_size_are_summed_exactly(data):
+    weights = data.draw(st.lists(st.floats(1e-9, 1), min_size=2, max_size=30))
+    order = data.draw(st.permutations(weights))
+    updates = [{"a": np.array([weight], np.float32)} for weight in weights]
+    one = folded(updates, weights, 1.0)["a"]
+    other = folded([{"a": np.array([weight], np.float32)} for weight in order], order, 1.0)["a"]
+    assert one.tobytes() == other.tobytes()
 
 
 def test_memory_does_not_grow_with_the_number_of_updates():
