@@ -181,7 +181,7 @@ def _title(source: Source) -> str:
 
 def _front(source: Source, manifest: Manifest, base: Base) -> str:
     """Give the front matter's YAML. Names are the Hub's own; what it does not know is left out."""
-    held = {"none": ["no-differential-privacy"], "in doubt": [], "nothing recorded": []}
+    held = {"none": ["no-differential-privacy"], "in doubt": [], "nothing recorded": [], "study": []}
     tags = ["moonflower", "federated-learning"]
     tags += held.get(statement_page.verdict(source.statement), ["differential-privacy"])
     form, kind = manifest.form, kinds.of(manifest)

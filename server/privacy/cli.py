@@ -105,7 +105,7 @@ def statement(run_id: str, ledgers: tuple[Path, ...], style: str, out: Path | No
     """State what a run guarantees to each record, or person, from the releases that the history has recorded.
 
     RUN is a run's id, a beginning of it that fits no other run, or `last`. A run that is not finished is stated
-    so far. The exit code is 1 where the statement is in doubt: what the sites reported, or their ledgers hold, is
+    so far; one of a sweep is a study and is not stated. The exit code is 1 where the statement is in doubt: what the sites reported, or their ledgers hold, is
     not what was recorded.
 
     Example: moonflower privacy statement last --verify notes-2026.json --format html --out statement.html
@@ -120,7 +120,9 @@ def statement(run_id: str, ledgers: tuple[Path, ...], style: str, out: Path | No
         output.check(out)  # before any work
     exports = [export.load(path) for path in ledgers]
     with History.open(database, create=False) as history:
-        recorded = stating.read(history, find_run(history, run_id))
+        run = find_run(history, run_id)
+        stating.check_no_study(history, run)
+        recorded = stating.read(history, run)
     made = stating.make(recorded, now=datetime.now(UTC))
     if exports:
         made = verify.verify(made, recorded, exports)

@@ -117,6 +117,11 @@ class Statement:
     verifications: tuple[Verification, ...] = field(default=())
 
     @property
+    def study(self) -> str | None:
+        """The sweep that the run is one of; no epsilon is claimed for it."""
+        return self.run.trial.sweep if self.run.trial else None
+
+    @property
     def unit(self) -> PrivacyUnit:
         """Who the promise is made to, at every site: a site of another unit does not join."""
         return unit_of(self.run)

@@ -18,8 +18,31 @@ from server.history.records import Run, Spend
 from server.history.store import History
 from server.privacy import uncounted
 from server.privacy.records import PARTS, Account, Place, Recorded, Statement, Sums, ranges
+from shared.errors import MoonflowerError
 
 TOLERANCE = 1e-6  # relative, between a site's epsilon and the one composed here from the same releases
+
+
+class StudyError(MoonflowerError):
+    """The run is one of a study, which has no statement."""
+
+    exit_code = 2
+
+
+def check_no_study(history: History, run: Run) -> None:
+    """Refuse a run of a sweep: whoever picks the best of several runs on the same data has used them all.
+
+    Raises
+    ------
+    StudyError
+        Naming the sweep.
+    """
+    if run.trial is not None:
+        raise StudyError(
+            f"Run {run.id} is a study, one of the {len(history.trials(run.trial.sweep))} of sweep {run.trial.sweep}, and has no "
+            "privacy statement: choosing the best of several runs on the same data is not covered by the epsilon of one. What "
+            f"each spent: `moonflower history spends {run.id}`."
+        )
 
 
 def read(history: History, run: Run) -> Recorded:

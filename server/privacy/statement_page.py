@@ -23,12 +23,14 @@ STYLE = HERE.parent / "report" / "report.css"
 
 
 def verdict(statement: Statement) -> str:
-    """One word for machines: "none", "in doubt", "nothing recorded", "holds as recorded" or "holds".
+    """One word for machines: "none", "study", "in doubt", "nothing recorded", "holds as recorded" or "holds".
 
     It holds as recorded where more may have been spent than was recorded (`Statement.uncounted`).
     """
     if not statement.private:
         return "none"
+    if statement.study is not None:
+        return "study"
     if statement.doubts or any(each.faults for each in statement.verifications):
         return "in doubt"
     if not statement.accounts:
@@ -38,7 +40,8 @@ def verdict(statement: Statement) -> str:
 
 def as_json(statement: Statement) -> str:
     """Write it for machines; an infinite number is the text "Infinity"."""
-    run, largest = statement.run, statement.largest
+    run, claimed = statement.run, statement.private and statement.study is None
+    largest = statement.largest if claimed else None
     values = {
         "format": FORMAT,
         "version": VERSION,
@@ -52,6 +55,7 @@ def as_json(statement: Statement) -> str:
             "rounds_planned": run.rounds_planned,
             "config_digest": run.config_digest,
             "simulated": statement.simulated,
+            "sweep": statement.study,
         },
         "guarantee": {
             "verdict": verdict(statement),
@@ -59,9 +63,9 @@ def as_json(statement: Statement) -> str:
             "unit": claims.unit(statement),
             "neighbours": claims.neighbours(statement),
             "records_per_person": statement.records_per_person,
-            "epsilon": (largest.epsilon if largest else 0.0) if statement.private else math.inf,
+            "epsilon": (largest.epsilon if largest else 0.0) if claimed else None if statement.private else math.inf,
             "delta": statement.delta,
-            "largest": [largest.site, largest.dataset, largest.part] if largest and statement.private else None,
+            "largest": [largest.site, largest.dataset, largest.part] if largest else None,
         },
         "accounts": [asdict(account) for account in statement.accounts],
         "doubts": statement.doubts,
@@ -106,6 +110,11 @@ def claim(statement: Statement) -> str:
     said, largest = verdict(statement), statement.largest
     if said == "none":
         return "NO GUARANTEE: the run trained without privacy (epsilon inf). Nothing bounds what it gives away of a record."
+    if said == "study":
+        return (
+            f"A STUDY, NO STATEMENT: the run is one of sweep {statement.study}. Choosing the best of several runs on the same data "
+            "is not covered by the epsilon of one."
+        )
     if said == "in doubt":
         return "NOT ESTABLISHED: what was recorded contradicts itself, as said below."
     if largest is None:

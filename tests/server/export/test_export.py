@@ -182,6 +182,19 @@ def test_a_run_without_privacy_says_so_loudly(train, tmp_path):
     assert json.loads((tmp_path / "out" / "privacy_statement.json").read_text())["guarantee"]["epsilon"] == "Infinity"
 
 
+def test_a_run_of_a_sweep_is_called_a_study_and_claims_no_privacy(lora, tmp_path):
+    run = lora.copy(tmp_path / "home")
+    run.history.create_sweep("tiny-5ca1e", name="tiny", plan={}, version="0")
+    with closing(sqlite3.connect(run.home / "history.db")) as connection, connection:
+        connection.execute("INSERT INTO trials VALUES (?, 'tiny-5ca1e', 1, 0)", (run.id,))
+    text = (run.export(tmp_path / "out") / "README.md").read_text(encoding="utf-8")
+    run.history.close()
+    assert "> **A study.** The run is one of sweep tiny-5ca1e" in text
+    assert "lost at most" not in text
+    assert not {"differential-privacy", "no-differential-privacy"} & set(ModelCard(text).data.tags)
+    assert json.loads((tmp_path / "out" / "privacy_statement.json").read_text())["guarantee"]["verdict"] == "study"
+
+
 def test_an_earlier_round_is_that_rounds_published_model_under_the_whole_runs_promise(lora, tmp_path, folders):
     from transformers import AutoModel
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from server.history.store import History
-from server.privacy import claims
+from server.privacy import claims, statement, statement_page
 from server.privacy.cli import privacy
 from server.privacy.records import ranges
+from server.privacy.statement import StudyError
 from shared import accounting
 from shared.accounting import Release
 from shared.errors import RunFailedError
@@ -316,3 +318,25 @@ def test_where_the_statement_goes_is_looked_at_first(mine, tmp_path):
 def test_round_numbers_are_written_shortly():
     assert ranges([]) == ""
     assert ranges([3, 1, 2, 7, 9, 10]) == "1-3, 7, 9-10"
+
+
+def test_a_run_of_a_sweep_is_a_study_and_is_not_stated(mine, tmp_path):
+    mine.change("INSERT INTO sweeps VALUES ('tiny-5ca1e', 'tiny', '{}', '2026-03-01 12:00:00', '0')")
+    mine.change("INSERT INTO trials VALUES (?, 'tiny-5ca1e', 1, 0)", mine.run)
+    refused = mine.state("--out", str(tmp_path / "statement.json"))
+    assert refused.exit_code != 0
+    assert refused.stdout == ""
+    assert not (tmp_path / "statement.json").exists()
+    assert isinstance(refused.exception, StudyError)
+    said = str(refused.exception)
+    assert said.startswith(
+        f"Run {mine.run} is a study, one of the 1 of sweep tiny-5ca1e, and has no privacy statement: "
+    )
+    assert "\n" not in said
+    # Nor do the pages that an export writes claim anything.
+    with History.open(mine.url) as history:
+        made = statement.make(statement.read(history, history.run(mine.run)), now=datetime.now(UTC))
+    assert statement_page.claim(made).startswith("A STUDY, NO STATEMENT")
+    assert "lost at most" not in statement_page.as_text(made) + statement_page.as_page(made)
+    stated = json.loads(statement_page.as_json(made))["guarantee"]
+    assert (stated["verdict"], stated["epsilon"], stated["largest"]) == ("study", None, None)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from server.history.records import Checkpoint, Metric, Participation, Round, Spend
+from server.history.records import Checkpoint, Metric, Participation, Round, Spend, Trial
 from server.history.store import History
 from server.report import facts, output, words
 from server.report.cli import report
@@ -102,9 +102,18 @@ def make(sqlite_url: str) -> Callable[..., Page]:
     """Write a run into a history on the disk, and give its page as the command makes it."""
 
     def write(
-        rounds: list[Round], *, private=True, planned=None, end="completed", name="Lungs", config=None, engine="flower"
+        rounds: list[Round],
+        *,
+        private=True,
+        planned=None,
+        end="completed",
+        name="Lungs",
+        config=None,
+        engine="flower",
+        trial=None,
     ) -> Page:
         with History.open(sqlite_url) as history:
+            history.create_sweep("lungs-5ca1e", name="lungs", plan={}, version="0.1.0")
             history.create_run(
                 "lungs-1",
                 name=name,
@@ -113,6 +122,7 @@ def make(sqlite_url: str) -> Callable[..., Page]:
                 rounds_planned=planned or len(rounds) or 5,
                 private=private,
                 version="0.1.0",
+                trial=trial,
             )
             attempt = history.start_attempt("lungs-1", engine=engine)
             for each in rounds:
@@ -317,6 +327,13 @@ def test_a_failed_run_shows_its_error_and_what_is_missing(make):
 
 def test_an_in_process_run_is_called_a_simulation(make):
     assert "A simulation. The sites of this run were virtual" in make(few(), engine="in-process").text
+
+
+def test_a_run_of_a_sweep_is_called_a_study_and_claims_nothing(make):
+    page = make(few(), trial=Trial("lungs-5ca1e", 1, 0))
+    assert "A study: no claim." in page.text
+    assert "one of sweep lungs-5ca1e" in page.text
+    assert "lost at most" not in page.text
 
 
 def test_other_peoples_text_is_escaped_everywhere(make, sqlite_url):
