@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from shared.arrays import Arrays, digest
+from shared.arrays import Arrays, Packed, Update, digest
 from shared.errors import MoonflowerError, let_interrupts_through
 
 M = TypeVar("M")
@@ -28,10 +28,12 @@ FLOWER_TYPES: dict[Kind, str] = {"join": "query", "train": "train", "evaluate": 
 
 MECHANISMS = ("gaussian", "discrete-gaussian", "none")  # none: no noise, hence no privacy
 NOISE_SOURCES = ("aes-256-ctr", "device", "none")  # device: the accelerator's own generator
-GRADIENTS = ("one-pass", "hooks", "ghost")  # how each record's gradient was had
+# How each record's gradient was had; summed: not by itself, under privacy.clipping = "none".
+GRADIENTS = ("one-pass", "hooks", "ghost", "summed")
 UNITS = ("record", "person")
 LEDGER_ID, LEDGER_HEAD = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
 FLAT, SHAPES = "flat", ".shapes"  # how a field of arrays is called in a record
+PACKED = "packed"  # how it is where it travels as `shared.compression` packs it
 MOST_DIMENSIONS = 16
 NPY_HEADER = 128  # bytes of numpy's header of an array of one dimension, in which Flower's arrays travel
 MOST_SHAPES = 2**20  # characters: of names and shapes; a model of 10,000 arrays has fewer
@@ -89,7 +91,9 @@ class TrainReply:
 
     site: str = public()
     round: int = public()
-    update: Arrays = released()  # arrays after the local steps minus the request's
+    update: Update = (
+        released()
+    )  # arrays after the local steps minus the request's; packed as the run's `compression` says
     sampling_rate: float = public()
     noise_multiplier: float = public()
     steps: int = public()
@@ -168,7 +172,7 @@ def to_record(message: Any) -> RecordDict:
     """Turn one of this module's messages into a Flower record: an ArrayRecord a field of arrays, one ConfigRecord.
 
     A field's arrays go as one, end to end, with their names and shapes as JSON beside it: Flower sends each array in
-    requests of its own, which for many small ones takes longer than a round's training.
+    requests of its own, which for many small ones takes longer than a round's training. Packed ones go as they are.
     """
     record = RecordDict()
     values: dict[str, Any] = {"message": type(message).__name__}
@@ -178,6 +182,8 @@ def to_record(message: Any) -> RecordDict:
             flat = [np.ravel(array) for array in value.values()]
             record[item.name] = ArrayRecord({FLAT: Array(np.concatenate(flat or [np.zeros(0, np.float32)]))})
             values[item.name + SHAPES] = json.dumps({name: array.shape for name, array in value.items()})
+        elif isinstance(value, np.ndarray):
+            record[item.name] = ArrayRecord({PACKED: Array(value)})
         else:
             values[item.name] = value
     record["values"] = ConfigRecord(values)
@@ -201,14 +207,16 @@ def from_record(record: RecordDict, *kinds: type[Any]) -> Any:
         raise MessageError(f"expected {expected}, received {name!r}.")
     hints = get_type_hints(kind)
     wanted: set[str] = {item.name for item in fields(kind)}
-    shapes = {item + SHAPES for item in wanted if hints[item] == Arrays}
+    shapes = {item + SHAPES for item in wanted if hints[item] in (Arrays, Update)}
     held = (set(record) | set(values)) - {"values", "message"} - shapes
     if held != wanted:
         raise MessageError(f"{name}: fields {sorted(held ^ wanted)} are missing or unknown.")
     arguments: dict[str, Any] = {}
     for item in wanted:
         held_arrays = record.get(item)
-        if hints[item] == Arrays and isinstance(held_arrays, ArrayRecord):
+        if hints[item] == Update and isinstance(held_arrays, ArrayRecord) and list(held_arrays) == [PACKED]:
+            arguments[item] = _packed(item, held_arrays)
+        elif hints[item] in (Arrays, Update) and isinstance(held_arrays, ArrayRecord):
             arguments[item] = _apart(item, held_arrays, values.get(item + SHAPES))
         elif item in values and type(values[item]) is hints[item]:
             arguments[item] = values[item]
@@ -255,15 +263,28 @@ def _is_shape(shape: object, largest: int) -> bool:
 def _float32(field: str, record: ArrayRecord) -> npt.NDArray[np.float32]:
     if list(record) != [FLAT]:
         raise MessageError(f"{field} is not one array, {FLAT!r}.")
+    values = _one_dimension(field, record[FLAT])
+    if values.dtype != np.float32:
+        raise MessageError(f"{field} is {values.dtype}; only float32 travels.")
+    return values
+
+
+def _packed(field: str, record: ArrayRecord) -> Packed:
+    """Return a field's packed bytes; what they are worth, `shared.compression` knows."""
+    values = _one_dimension(field, record[PACKED])
+    if values.dtype != np.uint8:
+        raise MessageError(f"{field} is {values.dtype}; only bytes travel packed.")
+    return values
+
+
+def _one_dimension(field: str, array: Array) -> npt.NDArray[Any]:
     try:
-        values = record[FLAT].numpy()
+        values = array.numpy()
     except Exception as error:  # whatever numpy makes of another's bytes
         let_interrupts_through(error)
         raise MessageError(f"{field} cannot be read: {type(error).__name__}.") from None
     if not isinstance(values, np.ndarray) or values.ndim != 1:
         raise MessageError(f"{field} is no array of one dimension.")
-    if values.dtype != np.float32:
-        raise MessageError(f"{field} is {values.dtype}; only float32 travels.")
     return values
 
 
@@ -312,6 +333,8 @@ def to_bytes(message: Any) -> bytes:
         value = getattr(message, item.name)
         if isinstance(value, dict):
             arrays |= {f"{item.name}/{name}": array for name, array in value.items()}
+        elif isinstance(value, np.ndarray):
+            arrays[item.name] = value
         else:
             values[item.name] = value
     buffer = io.BytesIO()
@@ -327,10 +350,12 @@ def from_bytes(data: bytes, *kinds: type[M]) -> M:
             item, slash, name = key.partition("/")
             if slash:
                 arguments.setdefault(item, {})[name] = kept[key]
+            elif key != "values":
+                arguments[key] = kept[key]
     name = arguments.pop("message")
     kind = next(kind for kind in kinds if kind.__name__ == name)
     for item, hint in get_type_hints(kind).items():
-        if hint == Arrays:
+        if hint in (Arrays, Update):
             arguments.setdefault(item, {})
     return kind(**arguments)
 
@@ -366,6 +391,8 @@ def _written_size(message: Any) -> int:
             counted += sum(array.nbytes for array in value.values()) + len(FLAT) + NPY_HEADER
             shapes = json.dumps({name: array.shape for name, array in value.items()})
             counted += len(item.name + SHAPES) + len(shapes)
+        elif isinstance(value, np.ndarray):
+            counted += value.nbytes + len(PACKED) + NPY_HEADER
         else:
             counted += len(item.name) + _size(value)
     return counted

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from shared import messages
-from shared.arrays import Arrays
+from shared.arrays import Arrays, Update
 from shared.messages import (
     MOST_SHAPES,
     REPLIES,
@@ -46,6 +46,7 @@ SAMPLES: list[Any] = [
     ),
     Refusal("clinic", "refused", "no."),
 ]
+PACKED = replace(SAMPLES[4], update=np.arange(200, dtype=np.uint8))
 
 names = st.text(min_size=1, max_size=20).filter(lambda name: name.isprintable())
 arrays = st.dictionaries(
@@ -58,7 +59,10 @@ def same(first: Any, second: Any) -> bool:
         return False
     for item in fields(first):
         one, other = getattr(first, item.name), getattr(second, item.name)
-        if isinstance(one, dict):
+        if isinstance(one, np.ndarray):
+            if one.dtype != other.dtype or one.tobytes() != other.tobytes():
+                return False
+        elif isinstance(one, dict):
             if one.keys() != other.keys() or any(one[k].tobytes() != other[k].tobytes() for k in one):
                 return False
             if any(one[k].shape != other[k].shape or other[k].dtype != np.float32 for k in one):
@@ -79,7 +83,7 @@ def test_every_field_of_a_reply_is_marked_public_or_released(reply: type[Any]) -
 
 def test_what_is_released_are_the_two_noised_arrays_and_all_arrays_are_released() -> None:
     released = {(r.__name__, i.name) for r in REPLIES for i in fields(r) if i.metadata.get("leaves") == "released"}
-    held_in_arrays = {(r.__name__, i.name) for r in REPLIES for i in fields(r) if i.type in (Arrays, "Arrays")}
+    held_in_arrays = {(r.__name__, i.name) for r in REPLIES for i in fields(r) if i.type in (Arrays, Update)}
     assert released == held_in_arrays == {("TrainReply", "update"), ("EvaluateReply", "histogram")}
 
 
@@ -100,7 +104,7 @@ def test_the_fields_that_leave_a_site_are_these_and_a_new_one_is_a_decision() ->
 
 def test_every_message_of_the_module_is_a_request_or_a_reply() -> None:
     classes = {c for _, c in inspect.getmembers(messages, inspect.isclass) if c.__module__ == "shared.messages"}
-    assert classes == {*REPLIES, *REQUESTS.values(), MessageError}
+    assert classes == {*REPLIES, *REQUESTS.values(), MessageError, messages.Held}
 
 
 @pytest.mark.parametrize("message", SAMPLES, ids=lambda message: type(message).__name__)
@@ -116,12 +120,30 @@ def test_the_record_holds_the_fields_and_the_name_and_nothing_else(message: Any)
     assert list(record.metric_records) == []
 
 
+def test_a_packed_update_goes_as_its_bytes_and_nothing_is_said_of_names_or_shapes() -> None:
+    record = to_record(PACKED)
+    assert set(record) == {"values", "update"}
+    assert list(record.array_records["update"]) == ["packed"]
+    assert set(record.config_records["values"]) == {i.name for i in fields(PACKED)} - {"update"} | {"message"}
+
+
+def test_a_message_that_stays_is_counted_as_it_would_be_written() -> None:
+    for message in [*SAMPLES, PACKED]:
+        assert messages.content_size(messages.Held(message)) == messages.content_size(to_record(message))
+
+
 # -- there and back ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("message", SAMPLES, ids=lambda message: type(message).__name__)
+@pytest.mark.parametrize("message", [*SAMPLES, PACKED], ids=lambda message: type(message).__name__)
 def test_a_message_comes_back_as_it_went(message: Any) -> None:
     assert same(from_record(to_record(message), type(message)), message)
+
+
+def test_a_packed_update_comes_back_from_the_ledger_as_it_was_and_takes_no_more_there() -> None:
+    assert same(from_bytes(to_bytes(PACKED), TrainReply), PACKED)
+    larger = replace(PACKED, update=np.zeros(1200, np.uint8))
+    assert len(to_bytes(larger)) - len(to_bytes(PACKED)) == 1000
 
 
 @settings(max_examples=40, deadline=None)
@@ -210,6 +232,31 @@ def test_only_float32_travels(dtype: str) -> None:
     other = ArrayRecord({"flat": Array(np.zeros(2, dtype))})
     with pytest.raises(MessageError, match="only float32 travels"):
         from_record(RecordDict({**to_record(TRAIN), "arrays": other}), TrainRequest)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.zeros(2, np.float32), "is float32; only bytes travel packed"),
+        (np.zeros((1, 2), np.uint8), "of one dimension"),
+        (np.array(1, np.uint8), "of one dimension"),
+    ],
+)
+def test_what_is_packed_is_bytes(values: Any, said: str) -> None:
+    record = RecordDict({**to_record(PACKED), "update": ArrayRecord({"packed": Array(values)})})
+    with pytest.raises(MessageError, match=said):
+        from_record(record, TrainReply)
+
+
+def test_nothing_but_an_update_is_packed() -> None:
+    bytes_ = ArrayRecord({"packed": Array(np.zeros(8, np.uint8))})
+    for sample in (TRAIN, SAMPLES[5]):
+        name = "arrays" if sample is TRAIN else "histogram"
+        with pytest.raises(MessageError, match="is not one array, 'flat'"):
+            from_record(RecordDict({**to_record(sample), name: bytes_}), type(sample))
+    both = ArrayRecord({"packed": Array(np.zeros(8, np.uint8)), "flat": Array(np.zeros(8, np.float32))})
+    with pytest.raises(MessageError, match="is not one array, 'flat'"):
+        from_record(RecordDict({**to_record(PACKED), "update": both}), TrainReply)
 
 
 # -- the digest of a question --------------------------------------------------------------------------------------
