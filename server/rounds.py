@@ -27,9 +27,10 @@ from server.observer import Observer
 from server.optimization import ServerState
 from server.patience import PATIENCE, insist
 from server.quorum import Quorum
-from shared import arrays, models
+from shared import compression, models
+from shared.arrays import Arrays
 from shared.errors import MachineError, RunFailedError
-from shared.messages import EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
+from shared.messages import EvaluateReply, EvaluateRequest, MessageError, TrainReply, TrainRequest
 from shared.models import LoadedModel
 
 R = TypeVar("R")
@@ -77,14 +78,15 @@ class Campaign:
         state = optimization.enter(state, name, self.model.names(name))
         weights = weighing.weights(self.config, self.history, self.job.run)
         request = TrainRequest(self.job.run, self.config.as_json(), number, state.iterate, weights)
-        question = Question("train", number, request, TrainReply, largest=SMALL + 2 * arrays.nbytes(state.first))
+        longest = SMALL + 2 * compression.size(state.first, self.config.compression)
+        question = Question("train", number, request, TrainReply, largest=longest)
         fold = Fold(state.first, unit=settings.learning_rate * settings.clipping_norm)  # shaped like the phase's arrays
         quorum = Quorum(self.job, self.roster, self.history, number)
         nodes = quorum.cohort()
         most = selection.largest(self.roster.sites.values())
         while nodes:
             for answer in self._ask(question, nodes):
-                error = self._folded(fold, answer, number, most, seen)
+                error = self._folded(fold, state.first, answer, number, most, seen)
                 quorum.heard(answer, error)
                 self._saw(seen, number, "train", answer, error)
             nodes = quorum.missing(question)
@@ -129,14 +131,17 @@ class Campaign:
         self.observer.asked(question.number, question.kind, list(nodes.values()))
         return self.desk.ask(question, nodes, self.config.federation.deadline)
 
-    def _folded(self, fold: Fold, answer: Answer[TrainReply], number: int, most: int, seen: Seen) -> str | None:
-        """Fold an update in, or say why it cannot be."""
+    def _folded(
+        self, fold: Fold, like: Arrays, answer: Answer[TrainReply], number: int, most: int, seen: Seen
+    ) -> str | None:
+        """Fold an update of arrays `like` these in, unpacked just now, or say why it cannot be."""
         error = self._checked(answer, number, seen)
         if answer.reply is None or error is not None:
             return error
         try:
-            fold.add(answer.reply.update, selection.weight(self.config, self.roster.sites[answer.node], most))
-        except UpdateError as refused:
+            update = compression.decompress(answer.reply.update, like, self.config.compression)
+            fold.add(update, selection.weight(self.config, self.roster.sites[answer.node], most))
+        except (MessageError, UpdateError) as refused:
             return str(refused)
         return None
 
