@@ -5,7 +5,6 @@ start all nodes are waited for; one that is new later is asked beside the rounds
 """
 
 import re
-import time
 from typing import Any
 
 from server import ending, names
@@ -48,7 +47,7 @@ class Roster:
         authenticated: bool,
     ) -> None:
         self._job, self._desk, self._history, self._observer, self._ledgers = job, desk, history, observer, ledgers
-        self._authenticated = authenticated
+        self._authenticated, self.clock = authenticated, desk.clock
         request = JoinRequest(job.run, job.config.as_json(), model.base_digest, models.shapes(model.arrays()))
         self._question = Question("join", 0, request, JoinReply)
         self.sites: dict[int, JoinReply] = {}  # that joined, by their nodes
@@ -68,7 +67,7 @@ class Roster:
         """
         federation, delay = self._job.config.federation, FIRST
         least, waits = federation.min_sites, federation.on_shortfall == "wait"
-        until = time.monotonic() + (federation.longest_wait if waits else federation.deadline)
+        until = self.clock.now() + (federation.longest_wait if waits else federation.deadline)
         while True:
             nodes = self._gather(until)
             self.sites = {node: reply for node, reply in self.sites.items() if node in nodes}
@@ -83,19 +82,19 @@ class Roster:
             mendable = waits or (
                 self._job.supervised and any(each.outcome in ("failed", "timeout") for each in answers)
             )
-            if not mendable or time.monotonic() + delay > until:
+            if not mendable or self.clock.now() + delay > until:
                 reasons = [f"; {reason}" for reason in self._reasons.values()] or ["."]
                 raise RunFailedError(f"{len(self.sites)} of the federation.min_sites={least} sites joined{reasons[0]}")
-            time.sleep(delay)
+            self.clock.wait(delay, self.clock.now() + delay)
             delay = min(2 * delay, MOST)
 
     def welcome(self, number: int, waiting: Question[Any] | None = None) -> None:
         """See who is connected before round `number`: take in who has joined since, and ask who is new.
 
         Answers to the question `waiting` are left to whoever asks it. A simulation's sites are there from the start, or not
-        at all.
+        at all, unless their comings and goings are simulated, too.
         """
-        if self._job.simulated:
+        if self._job.simulated and not self.clock.simulated:
             return
         self._look()
         for answer in self._desk.collect(waiting):
@@ -137,14 +136,15 @@ class Roster:
 
     def _gather(self, until: float) -> list[int]:
         """Wait for the nodes that the run needs, and a little for the rest of its sites: a grid can be empty at first."""
-        federation, started = self._job.config.federation, time.monotonic()
+        federation, started = self._job.config.federation, self.clock.now()
         while True:
             ending.check_stop(self._job, self._history)
             self._look()
             nodes = [node for node in self._desk.online if not self._authenticated or node in self._names]
-            if len(nodes) >= max(federation.min_sites, self._job.sites):
+            wanted = 0 if self.clock.simulated else self._job.sites  # simulated sites come at their time
+            if len(nodes) >= max(federation.min_sites, wanted):
                 return nodes
-            now = time.monotonic()
+            now = self.clock.now()
             if len(nodes) >= federation.min_sites and now - started > LATECOMERS:
                 text = (
                     f"{len(nodes)} of the run's {self._job.sites} sites are connected; it goes on without the others."
@@ -156,7 +156,7 @@ class Roster:
                     f"{len(nodes)} of the federation.min_sites={federation.min_sites} sites are connected after "
                     f"{federation.deadline:g} s; start them, then resume."
                 )
-            time.sleep(FIRST)
+            self.clock.wait(FIRST, now + FIRST)
 
     def _rested(self, node: int, number: int) -> bool:
         """Whether a node that did not join may be asked again."""

@@ -4,8 +4,6 @@ Fewer than the quorum: the run fails, goes on with those that answered, or asks 
 `federation.on_shortfall` says. A round without any update is never one.
 """
 
-import time
-
 from server import ending, selection
 from server.dispatch import Answer, Question
 from server.history.store import History
@@ -21,7 +19,8 @@ class Quorum:
     def __init__(self, job: Job, roster: Roster, history: History, number: int) -> None:
         self._job, self._roster, self._history, self._number = job, roster, history, number
         self._federation = job.config.federation
-        self._started, self._delay = time.monotonic(), FIRST
+        self._clock = roster.clock
+        self._started, self._delay = self._clock.now(), FIRST
         self._asked: set[str] = set()
         self._folded: set[str] = set()
         self._unusable: set[str] = set()  # asked again, they would resend the same bytes
@@ -102,7 +101,7 @@ class Quorum:
         return f"{needed} (federation.min_fraction={self._federation.min_fraction:g} of {len(self._asked)})"
 
     def _waited(self) -> float:
-        return time.monotonic() - self._started
+        return self._clock.now() - self._started
 
     def _longest(self) -> float:
         """Seconds of the round for which sites are waited for."""
@@ -113,7 +112,7 @@ class Quorum:
         if self._delay == FIRST:
             self._note("too few sites are there; it waits for more.")
         ending.check_stop(self._job, self._history)
-        time.sleep(self._delay)
+        self._clock.wait(self._delay, self._clock.now() + self._delay)
         self._delay = min(2 * self._delay, MOST)
         self._roster.welcome(self._number, question)
 

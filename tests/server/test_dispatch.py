@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from flwr.clientapp import ClientApp
 from grids import WildGrid
 
+from server import clock as machine
 from server import dispatch, mail
 from server.aggregation import Fold
 from server.dispatch import Desk, Question
@@ -361,8 +362,8 @@ def test_looks_for_replies_are_quick_at_first_and_rare_in_a_long_round(monkeypat
     grid = wild(nodes=[1], delay=lambda *_: 100.0)
     slept = []
     clock = iter(range(10_000))
-    monkeypatch.setattr(dispatch.time, "monotonic", lambda: next(clock) / 2)
-    monkeypatch.setattr(dispatch.time, "sleep", slept.append)
+    monkeypatch.setattr(machine.time, "monotonic", lambda: next(clock) / 2)
+    monkeypatch.setattr(machine.time, "sleep", slept.append)
     list(desk_of(grid)[0].ask(question(), named([1]), 60.0))
     assert slept[0] == 0.05
     assert slept[-1] == 0.5
