@@ -33,7 +33,8 @@ def write(module: "nn.Module", arrays: Mapping[str, npt.NDArray[np.float32]]) ->
     parameters = dict(module.named_parameters())
     with torch.no_grad():
         for name, array in arrays.items():
-            parameters[name].copy_(torch.from_numpy(array))
+            own = array if array.flags.writeable else array.copy()  # torch warns of what a message holds
+            parameters[name].copy_(torch.from_numpy(own))
 
 
 def difference(after: Arrays, before: Arrays) -> Arrays:

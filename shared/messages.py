@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from shared import received
 from shared.arrays import Arrays, Packed, Update, digest
 from shared.errors import MoonflowerError, let_interrupts_through
 
@@ -163,9 +164,11 @@ class Held(RecordDict):
     Its arrays are shared by whoever is given it, to be read only.
     """
 
+    message: Any
+
     def __init__(self, message: Any) -> None:
         super().__init__()
-        self.__dict__["message"] = message
+        self.message = message
 
 
 def to_record(message: Any) -> RecordDict:
@@ -226,7 +229,7 @@ def from_record(record: RecordDict, *kinds: type[Any]) -> Any:
 
 
 def _checked(record: Held, *kinds: type[Any]) -> Any:
-    message: Any = record.__dict__["message"]
+    message: Any = record.message
     if not isinstance(message, kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise MessageError(f"expected {expected}, received {type(message).__name__!r}.")
@@ -279,7 +282,7 @@ def _packed(field: str, record: ArrayRecord) -> Packed:
 
 def _one_dimension(field: str, array: Array) -> npt.NDArray[Any]:
     try:
-        values = array.numpy()
+        values = received.view(array)
     except Exception as error:  # whatever numpy makes of another's bytes
         let_interrupts_through(error)
         raise MessageError(f"{field} cannot be read: {type(error).__name__}.") from None
@@ -372,7 +375,7 @@ def content_size(content: RecordDict) -> int:
     send those.
     """
     if isinstance(content, Held):
-        return _written_size(content.__dict__["message"])
+        return _written_size(content.message)
     counted = 0
     for record in content.values():
         if isinstance(record, ArrayRecord):
