@@ -22,7 +22,8 @@ from client.privacy import policy
 from client.privacy.ledger import PARTS, Ledger, Part, Question
 from client.privacy.randomness import Keystream
 from client.resident import Resident
-from client.site import Site, reread, split_key
+from client.residual import Compressed
+from client.site import Site, reread
 from shared import imbalance, messages, models, plan
 from shared.accounting import Release, epsilon
 from shared.arrays import Arrays, same_shapes
@@ -65,7 +66,7 @@ def answer(resident: Resident, site: Site, kind: Kind, request: Request, randomn
     check_declared(site, config)
     planned = plan.make(config, site.dataset.card())
     policy.check(site.privacy, config, planned, site.dataset.id)
-    with resident.turn, open_ledger(site) as ledger:
+    with resident.turn, resident.ledger(site) as ledger:
         if site.threads is not None:
             torch.set_num_threads(site.threads)
         if (known := ledger.state(request.run, "plan")) is not None:
@@ -73,19 +74,6 @@ def answer(resident: Resident, site: Site, kind: Kind, request: Request, randomn
         if isinstance(request, JoinRequest):
             return _join(resident, site, config, planned, request, ledger)
         return _release(resident, site, config, planned, kind, request, ledger, randomness)
-
-
-def open_ledger(site: Site) -> Ledger:
-    """Open the account of the site's dataset."""
-    return Ledger.open(
-        site.ledger,
-        dataset=site.dataset.id,
-        unit=site.dataset.unit,
-        delta=site.privacy.delta,
-        max_epsilon=site.privacy.max_epsilon,
-        max_releases=site.privacy.max_releases,
-        apart_from=site.dataset.shares_no_records_with,
-    )
 
 
 def _join(
@@ -104,7 +92,7 @@ def _join(
         _check_budget(site, planned, request.run, part, ledger)
     answered = sum(spend.question.run == request.run for spend in ledger.spends())
     ledger.check_releases(max(0, config.rounds + config.evaluations - answered))
-    _check_split(site, ledger)
+    _check_split(resident, site, ledger)
     resident.parts(site, config)
     card = site.dataset.card()
     return JoinReply(
@@ -171,7 +159,7 @@ def _same(known: bytes, now: bytes, run: str) -> None:
         )
 
 
-def _check_split(site: Site, ledger: Ledger) -> None:
+def _check_split(resident: Resident, site: Site, ledger: Ledger) -> None:
     """Refuse a split that is not the dataset's first: a record in both parts would pay for one only.
 
     Raises
@@ -179,7 +167,7 @@ def _check_split(site: Site, ledger: Ledger) -> None:
     DataError
         Where the key, the share, or the column of the ids or of the units has changed.
     """
-    key = hashlib.sha256(b"moonflower split\0" + split_key(site)).hexdigest()
+    key = hashlib.sha256(b"moonflower split\0" + resident.split_key(site)).hexdigest()
     unit = "" if site.dataset.unit_column is None else f" unit {site.dataset.unit_column}"
     split = f"{key} {site.dataset.validation!r} {site.dataset.layout().column('id')}{unit}".encode()
     if ledger.pin("", "split", split) != split:
@@ -228,7 +216,7 @@ def _release(
             if isinstance(request, TrainRequest) and (fault := imbalance.fault(request.weights, config)) is not None:
                 raise RefusedError(fault)
             _same(ledger.pin(request.run, "plan", now := _plan_digest(config, planned)), now, request.run)
-            _check_split(site, ledger)
+            _check_split(resident, site, ledger)
             spent = epsilon([*ledger.run_releases(request.run, part), release], config.privacy.delta)
             private = release.noise_multiplier > 0
             said: dict[str, Any] = {
@@ -237,14 +225,17 @@ def _release(
                 "ledger_id": ledger.account,
             }
             reply: Callable[..., Reply]
+            source = randomness(name)
+            packed: Compressed | None = None
             if isinstance(request, TrainRequest):
-                done = _trained_once(resident, site, config, planned, request, ledger, randomness(name))
+                done = _trained_once(resident, site, config, planned, request, ledger, source)
+                packed = Compressed(done.update, config, request, ledger, source)  # after the noise
                 said |= {"mechanism": done.mechanism, "noise_source": done.noise_source}
                 reply = partial(
                     TrainReply,
                     site.name,
                     request.round,
-                    done.update,
+                    packed.update,
                     release.sampling_rate,
                     release.noise_multiplier,
                     release.steps,
@@ -253,17 +244,19 @@ def _release(
                     **said,
                 )
             else:
-                histogram = evaluation.evaluate(resident, site, config, planned, request, randomness(name))
+                histogram = evaluation.evaluate(resident, site, config, planned, request, source)
                 reply = partial(
                     EvaluateReply, site.name, request.round, histogram, release.noise_multiplier, spent, **said
                 )
             unbounded = _still_allowed(site, config, planned, ledger)
-            kept = ledger.charge(
-                question,
-                release,
-                lambda number, head: messages.to_bytes(reply(ledger_number=number, ledger_head=head)),
-                allow_unbounded=unbounded,
-            )
+
+            def written(number: int, head: str) -> bytes:
+                if packed is not None:
+                    packed.check()
+                return messages.to_bytes(reply(ledger_number=number, ledger_head=head))
+
+            state = None if packed is None else packed.state
+            kept = ledger.charge(question, release, written, state, allow_unbounded=unbounded)
     return messages.from_bytes(kept, reply_kind)
 
 

@@ -15,7 +15,8 @@ from client import data, made_up
 from client.data import Parts
 from client.digests import Digests
 from client.privacy import probe
-from client.site import Site
+from client.privacy.ledger import Ledger
+from client.site import Site, open_ledger, split_key
 from shared import arrays, models
 from shared.arrays import Arrays
 from shared.examples import Examples
@@ -26,7 +27,7 @@ from shared.run_config import Gradients as Mode
 from shared.run_config import RunConfig
 
 # What neither the loaded model nor its task look at; all else of a run's configuration may decide what they do.
-NOT_OF_THE_MODEL = {"name", "warm_start", "training", "refit", "loss", "privacy", "federation"}
+NOT_OF_THE_MODEL = {"name", "warm_start", "training", "refit", "loss", "privacy", "federation", "compression"}
 
 
 @dataclass
@@ -47,6 +48,14 @@ class Resident:
     def __reduce__(self) -> tuple[Callable[[], "Resident"], tuple[()]]:
         """Pickle as the receiving process's own: Ray unpickles the ClientApp anew for each message."""
         return of_this_process, ()
+
+    def ledger(self, site: Site) -> Ledger:
+        """Open the account of the site's dataset; whoever opens it closes it."""
+        return open_ledger(site)
+
+    def split_key(self, site: Site) -> bytes:
+        """Return the 32 secret bytes that split the site's records."""
+        return split_key(site)
 
     def model(self, config: RunConfig, device: str) -> LoadedModel:
         """Return the run's model on `device`; loading another one drops what was kept."""
@@ -100,11 +109,13 @@ class Resident:
                 self._long.add(part)
             return features(model, examples, config.hardware)
 
-        encoder = arrays.digest({name: array for name, array in trained.items() if not name.startswith(HEAD)})
         key, parts = self._parts[site.name]  # those that `examples` are of, whatever the files are by now
-        return self._features.get(
-            f"{site.name} {part}", f"{encoder} {config.hardware.precision} {key} {parts.references!r}", probed
-        )
+        state = f"{self.encoder(trained)} {config.hardware.precision} {key} {parts.references!r}"
+        return self._features.get(f"{site.name} {part}", state, probed)
+
+    def encoder(self, trained: Arrays) -> str:
+        """Return the digest of what `trained` makes of the encoder."""
+        return arrays.digest({name: array for name, array in trained.items() if not name.startswith(HEAD)})
 
 
 @cache

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self
 import tomli_w
 from pydantic import Field, PrivateAttr, model_validator
 
+from client.privacy.ledger import Ledger
 from client.privacy.policy import Policy
 from shared.errors import ConfigError, DataError, RefusedError
 from shared.plan import DatasetCard
@@ -191,3 +192,16 @@ def split_key(site: Site) -> bytes:
             f"{site.split_key} holds {len(key)} bytes, not 32; restore it: a new key would mix the parts of {site.dataset.id!r}."
         )
     return key
+
+
+def open_ledger(site: Site) -> Ledger:
+    """Open the account of the site's dataset."""
+    return Ledger.open(
+        site.ledger,
+        dataset=site.dataset.id,
+        unit=site.dataset.unit,
+        delta=site.privacy.delta,
+        max_epsilon=site.privacy.max_epsilon,
+        max_releases=site.privacy.max_releases,
+        apart_from=site.dataset.shares_no_records_with,
+    )

@@ -88,8 +88,9 @@ def fetcher(grid: Grid) -> Fetch:
 
 
 def _fetch_each(grid: Grid, ids: Sequence[str], largest: int) -> Iterator[Message]:  # noqa: ARG001 - as `Fetch`
+    wanted = set(ids)
     with _reached():
-        while replies := list(grid.pull_messages(ids)):
+        while replies := list(grid.pull_messages(wanted)):
             while replies:
                 yield replies.pop(0)
 

@@ -33,6 +33,13 @@ class Ragged:
             return np.asarray(self.values[row])
         return np.asarray(self.values[self.starts[row] : self.starts[row + 1]])
 
+    def take(self, rows: npt.NDArray[np.int64]) -> "Ragged":
+        """Return some rows alone."""
+        if self.starts is None:
+            return Ragged(np.asarray(self.values[rows]), None)
+        lengths = self.starts[rows + 1] - self.starts[rows]
+        return Ragged(np.asarray(self.values[_ranges(self.starts[rows], lengths)]), _starts(lengths))
+
     @classmethod
     def of(cls, arrays: Sequence[npt.NDArray[Any]]) -> "Ragged":
         """Lay arrays end to end; all have the same dimensions but for the first."""
@@ -120,6 +127,18 @@ class Examples:
         chunks = None if self.chunks is None else self.chunks[self.chunks <= kept[-1]]
         return Examples(self.task, self.processor, self.fields, kept, chunks)
 
+    def take(self, units: npt.NDArray[np.int64]) -> "Examples":
+        """Return some units alone, in the order that `units` names them; their values are copied."""
+        begins, ends = self.units[units], self.units[units + 1]
+        rows = _ranges(begins, ends - begins)
+        fields = {name: field.take(rows) for name, field in self.fields.items()}
+        chunks = None
+        if self.chunks is not None:
+            first, last = np.searchsorted(self.chunks, begins), np.searchsorted(self.chunks, ends)
+            records = _ranges(first, last - first)
+            chunks = _starts(np.diff(self.chunks)[records])
+        return Examples(self.task, self.processor, fields, _starts(ends - begins), chunks)
+
     def save(self, folder: Path) -> None:
         """Write the arrays to an empty folder."""
         np.save(folder / "units.npy", self.units)
@@ -149,8 +168,14 @@ class Examples:
         )
 
 
-def _starts(lengths: Sequence[int]) -> npt.NDArray[np.int64]:
+def _starts(lengths: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+
+
+def _ranges(begins: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Numbers from each beginning on, so many of each, end to end."""
+    places = _starts(lengths)
+    return np.arange(places[-1]) + np.repeat(begins - places[:-1], lengths)
 
 
 Unit = Sequence[int]  # rows of a unit that act together

@@ -5,6 +5,7 @@ sessions of their own, as Flower's do; they are known by a mark in their environ
 inherits, so that they are found and ended by id even after their parents are gone.
 """
 
+import ctypes
 import os
 import secrets
 import signal
@@ -18,6 +19,7 @@ from contextlib import suppress
 import psutil
 
 MARK = "MOONFLOWER_FAMILY"  # names, in a process's environment, the family that it belongs to
+PR_SET_PDEATHSIG = 1
 STEADY = 60.0  # seconds that a child lives until an earlier failure is forgotten
 LAST_LINES = 1.0  # seconds to wait for them after the end
 LONGEST_LINE = 8192  # characters; a longer line is cut
@@ -186,6 +188,13 @@ class Supervised:
         child, self._child, self.restart_at = self._child, None, None
         if child is not None:
             child.stop(grace)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the system end this process when the thread of `parent` that started it ends; at once, if it has."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def family(mark: str) -> list[psutil.Process]:

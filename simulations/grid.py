@@ -74,7 +74,8 @@ class InProcessGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Run the first of these messages that waits, and return its reply."""
-        message_id = next((message_id for message_id in message_ids if message_id in self._waiting), None)
+        wanted = message_ids if isinstance(message_ids, set) else set(message_ids)
+        message_id = next((message_id for message_id in self._waiting if message_id in wanted), None)
         return [] if message_id is None else [self._answer(self._waiting.pop(message_id))]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:  # noqa: ARG002
@@ -89,10 +90,15 @@ class InProcessGrid(Grid):
         except Exception as error:  # as a SuperNode does: a fault of one site is that site's error reply
             let_interrupts_through(error)
             log.exception("the ClientApp of node %d failed", node)
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__), reply_to=message)
+            return stand_in(message, type(error).__name__)
         if context.state:
             self._contexts[node] = context
         return reply
 
     def _fresh(self, node: int) -> Context:
         return Context(self._run.run_id, node, self._nodes[node], state=RecordDict(), run_config={})
+
+
+def stand_in(message: Message, reason: str, code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION) -> Message:
+    """Return the error that answers a message in its ClientApp's place."""
+    return Message(Error(code, reason), reply_to=message)

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from client import site as sites
-from client.answers import open_ledger
 from client.privacy import policy
 from client.privacy.events import PARTS
-from client.site import Dataset, Site
+from client.site import Dataset, Site, open_ledger
 from server.history.store import History
 from server.job import RUN_FILE
 from shared import __version__, models, plan

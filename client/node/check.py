@@ -19,7 +19,7 @@ import psutil
 
 from client.node.coordinator import AHEAD, Knock, knock
 from client.node.node import connection
-from client.site import Coordinator, Dataset, Site
+from client.site import Coordinator, Dataset, Site, open_ledger
 from shared import tasks
 from shared.errors import ConfigError, DataError, MoonflowerError, NotFoundError
 from shared.run_config import RunConfig, parse, read_toml
@@ -222,7 +222,7 @@ def _run(site: Site, config: RunConfig) -> str:
     planned = plan.make(config, site.dataset.card())
     policy.check(site.privacy, config, planned, site.dataset.id)
     if site.ledger.exists():
-        with answers.open_ledger(site) as ledger:
+        with open_ledger(site) as ledger:
             for part in PARTS:
                 ledger.check_plan(planned.releases(part), part, allow_unbounded=site.privacy.allow_non_private)
             ledger.check_releases(config.rounds + config.evaluations)

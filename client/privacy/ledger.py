@@ -354,10 +354,13 @@ class Ledger(Account):
 
         It runs under the write lock: another dataset may have spent since this ledger was opened.
         """
-        opening.refuse_shared_records(self._connection, self.dataset, self._apart_from)
+        self._refuse_shared_records()
         key, what = (question.run, question.name), "This release"
         limits.refuse_beyond_budget(self, self.max_epsilon, [release], question.part, what, allow_unbounded, key)
         limits.refuse_beyond_releases(self, self.max_releases, 1, what, key)
+
+    def _refuse_shared_records(self) -> None:
+        opening.refuse_shared_records(self._connection, self.dataset, self._apart_from)
 
     def _insert(self, verb: str, table: str, values: dict[str, Any]) -> int | None:
         names, places = ", ".join(values), ", ".join("?" * len(values))

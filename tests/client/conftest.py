@@ -143,7 +143,7 @@ class Desk:
         return reply
 
     def ledger(self) -> Ledger:
-        return answers.open_ledger(self.site)
+        return site.open_ledger(self.site)
 
     def spent(self) -> int:
         """Count what the ledger has charged."""

@@ -76,7 +76,7 @@ def test_every_message_of_a_run_holds_its_declared_fields_of_public_values_and_r
         expected, released = public_values(own, config, reply)
         assert {item.name: getattr(reply, item.name) for item in fields(reply) if item.name not in released} == expected
         # What is released is in the ledger, to the bit, where the newest of each kind is kept.
-        with answers.open_ledger(own) as ledger:
+        with site.open_ledger(own) as ledger:
             spends = {(spend.question.kind, spend.question.round): spend for spend in ledger.spends()}
             if released:
                 kind = "train" if isinstance(reply, TrainReply) else "evaluate"
@@ -91,7 +91,7 @@ def public_values(own: Site, config: RunConfig, reply: Any) -> tuple[dict[str, A
     """Compute a reply's public values from public values; name the fields that are released."""
     card = own.dataset.card()
     planned = plan.make(config, card)
-    with answers.open_ledger(own) as ledger:
+    with site.open_ledger(own) as ledger:
         account = ledger.account
     if isinstance(reply, JoinReply):
         return {
@@ -104,7 +104,7 @@ def public_values(own: Site, config: RunConfig, reply: Any) -> tuple[dict[str, A
             "ledger_number": 0,
             "ledger_head": ledger_chain.NO_HEAD,
         }, set()
-    with answers.open_ledger(own) as ledger:
+    with site.open_ledger(own) as ledger:
         part, kind = ("train", "train") if isinstance(reply, TrainReply) else ("validation", "evaluate")
         until = [s for s in ledger.spends() if s.question.kind == kind and s.question.round <= reply.round]
     common = {

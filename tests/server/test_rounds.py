@@ -15,10 +15,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from safetensors.numpy import load_file, save_file
 
 import client.app
-from client import answers
 from client.privacy import ledger_count
 from client.privacy.randomness import Keystream
 from client.site import load as load_site
+from client.site import open_ledger
 from server import checkpoints, job, rounds
 from server.history.records import Ledger
 from server.history.store import History
@@ -730,7 +730,7 @@ def test_a_site_whose_budget_another_run_spends_meanwhile_is_exhausted_and_the_f
     other.symlink_to(site_of)  # the same records, split and ledger
     file = site_of / "site.toml"
     south = load_site(file)
-    with answers.open_ledger(south) as ledger:
+    with open_ledger(south) as ledger:
         planned = plan.make(scenario_config(first), south.dataset.card())
         parts = [planned.releases(part) for part in ("train", "validation")]
         price = max(sum(accounting.rdp(release, ledger.order) for release in releases) for releases in parts)
@@ -750,7 +750,7 @@ def test_a_site_whose_budget_another_run_spends_meanwhile_is_exhausted_and_the_f
     assert (5, "south") not in first.outcomes("evaluate")
     assert "site south is not asked again in this attempt: " in warnings_of(first)[-1]
     assert len([n for n, who in second.outcomes() if who == "south"]) == ROUNDS
-    with answers.open_ledger(load_site(file)) as ledger:
+    with open_ledger(load_site(file)) as ledger:
         assert ledger.lifetime_epsilon() <= limit
         assert {spend.question.run for spend in ledger.spends()} == {first.run, second.run}
 

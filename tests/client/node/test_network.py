@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.answers import open_ledger
+from client.site import open_ledger
 from shared import models
 from shared.messages import JoinRequest, TrainRequest
 from shared.run_config import RunConfig

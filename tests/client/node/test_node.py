@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from client.answers import open_ledger
+from client.site import open_ledger
 from client.node.node import check_address
 from client.node.runtime import Runtime, RuntimeApiError
 from shared import models

@@ -16,7 +16,7 @@ from client import answers, data, evaluation, training
 from client.data import Parts
 from client.privacy.ledger import Ledger
 from client.privacy.randomness import Keystream
-from client.site import split_key
+from client.site import open_ledger, split_key
 from client.training import EncoderPass, HeadPass
 from shared import examples as shared_examples
 from shared import ledger_chain
@@ -344,12 +344,12 @@ def test_an_account_of_persons_takes_no_run_for_records_nor_the_other_way_round(
     changed = desk.site.dataset.model_copy(update=records)
     now = desk.site.model_copy(update={"dataset": changed})
     with pytest.raises(ConfigError, match="opened with the person as the unit of privacy"):
-        answers.open_ledger(now)
+        open_ledger(now)
     other = new_desk(name="other")
     other.train()
     changed = other.site.dataset.model_copy(update={"unit_column": "label", "persons": 20, "records": None})
     with pytest.raises(ConfigError, match="opened with the record as the unit of privacy"):
-        answers.open_ledger(other.site.model_copy(update={"dataset": changed}))
+        open_ledger(other.site.model_copy(update={"dataset": changed}))
 
 
 def test_another_column_of_persons_is_refused_for_the_datasets_life(people: Desks) -> None:
