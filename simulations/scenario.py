@@ -12,6 +12,7 @@ from client.site import Name
 from shared.errors import ConfigError
 from shared.records import Layout
 from shared.run_config import RunConfig, Section, parse, read_toml
+from simulations.partition import Partition
 
 DEFAULT = "vader"
 
@@ -21,7 +22,8 @@ class Data(Section):
 
     `vader` is the built-in data set. `folder` holds one SITE.jsonl (or .csv, .parquet, .arrow, or a folder SITE, of images
     say) a site, and an optional public `test` in any of these forms. Each record has the task's columns and an id; `columns`
-    and `label_names` say where they are called otherwise, as in a site.toml. `unit_column` names the column that says whose a record is: the unit of privacy
+    and `label_names` say where they are called otherwise, as in a site.toml. With a `[partition]` it holds one `pool` instead, of which
+    all sites are made; the built-in data are a pool too. `unit_column` names the column that says whose a record is: the unit of privacy
     is then the person, as in a site.toml.
     """
 
@@ -66,11 +68,25 @@ class VirtualSite(Section):
 
 
 class Scenario(RunConfig):
-    """A run and its sites."""
+    """A run and its sites: each by its own name and file, or many of one pool, by a partition."""
 
     data: Data = Data()
     policy: Policy = Policy(max_epsilon=20.0)
-    sites: tuple[VirtualSite, ...] = Field(min_length=1, strict=False)
+    sites: tuple[VirtualSite, ...] = Field((), strict=False)
+    partition: Partition | None = None
+
+    @model_validator(mode="after")
+    def _sites_come_from_one_place(self) -> Self:
+        if bool(self.sites) == (self.partition is not None):
+            raise ValueError(
+                "sites are given one by one, as [[sites]], or made of a pool, by [partition]; "
+                + (
+                    "give one of the two"
+                    if self.partition is None
+                    else "--set sites= or --set partition= takes one out"
+                )
+            )
+        return self
 
     @model_validator(mode="after")
     def _sites_differ(self) -> Self:
@@ -83,8 +99,9 @@ class Scenario(RunConfig):
                 raise ValueError(
                     f"sites: {site.name!r} declares its size as {size}=N, because data.unit_column={self.data.unit_column!r}"
                 )
-        if self.federation.min_sites > len(names):
-            raise ValueError(f"federation.min_sites={self.federation.min_sites} is above the {len(names)} sites")
+        number = len(names) if self.partition is None else self.partition.sites
+        if number is not None and self.federation.min_sites > number:
+            raise ValueError(f"federation.min_sites={self.federation.min_sites} is above the {number} sites")
         return self
 
     def run_config(self) -> RunConfig:

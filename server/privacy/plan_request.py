@@ -82,6 +82,7 @@ class _File(RunConfig):
     data: _Data = _Data()
     policy: _Policy = _Policy()
     sites: tuple[_PlannedSite, ...] = Field((), strict=False)
+    partition: dict[str, Any] | None = None  # how large its sites are is in the data, which no plan reads
 
 
 def read(path: Path | None, options: Options) -> PlanRequest:
@@ -169,7 +170,9 @@ def _site(number: int, text: str) -> dict[str, Any]:
 def _check(plan: _File, path: Path | None) -> None:
     names = [site.name for site in plan.sites]
     if not names:
-        raise ConfigError(f"{path} names no [[sites]]; give each site's size with --records N.")
+        raise ConfigError(
+            f"{path} names no [[sites]]; give each site's size, or those of a [partition], with --records N."
+        )
     if len(set(names)) != len(names):
         raise ConfigError(f"sites={names} names a site twice; name each once.")
     if not math.isfinite(plan.privacy.epsilon):
