@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from client import made_up
 from client.privacy import noise, probe
-from client.privacy.engine import ClippedSum, Clipping, Gradients, Objective, RoundedSum, train_only
-from client.privacy.noise import Discrete
+from client.privacy.engine import ClippedSum, Clipping, Gradients, Objective, PlainSum, RoundedSum, train_only
+from client.privacy.noise import Discrete, Noise
 from client.privacy.randomness import Keystream
 from client.resident import Resident
 from client.site import Site
@@ -49,7 +49,7 @@ class Trained:
     update: Arrays  # released
     mechanism: Mechanism | Literal["none"]
     noise_source: noise.Source | Literal["none"]
-    gradients: Mode
+    gradients: Mode | Literal["summed"]
 
 
 class EncoderPass:
@@ -248,31 +248,29 @@ def train(
         objective = EncoderPass(model, examples, config, randomness.uniform)
     objective.loss = config.loss
     if request.weights:
-        objective.weights = torch.from_numpy(request.weights[imbalance.WEIGHTS]).to(model.module.device)
-    clipping = Clipping(phase.clipping_norm, config.privacy.clipping, objective.scale)
+        objective.weights = torch.tensor(request.weights[imbalance.WEIGHTS], device=model.module.device)
+    bound = config.privacy.clipping
+    clipping = None if bound == "none" else Clipping(phase.clipping_norm, bound, objective.scale)
     size = sum(value.numel() for value in parameters.values())
     noisy = noise.choose(
         config.privacy,
-        clipping.norm,
+        phase.clipping_norm,
         size,
         randomness,
         model.module.device,
         allow_device_noise=site.privacy.allow_device_noise,
     )
-    velocity = {parameter: torch.zeros_like(value) for parameter, value in parameters.items()}
+    velocity: dict[str, Tensor] = {}
     with Gradients(objective.module, parameters, config.hardware.gradients) as gradients:
-        rounded = isinstance(noisy, Discrete)
-        how = f"{config.hardware!r} {config.loss!r} {bool(request.weights)} {config.augmentation!r}"
-        kind = f"{trained} {how} {rounded} {config.privacy.records_per_unit}"
-        _probe(resident, objective, gradients, kind, whole=rounded)
-        whole = rounded or gradients.method == "hooks"
+        whole = isinstance(noisy, Discrete)
+        if clipping is not None:
+            how = f"{config.hardware!r} {config.loss!r} {bool(request.weights)} {config.augmentation!r}"
+            kind = f"{trained} {how} {whole} {config.privacy.records_per_unit}"
+            _probe(resident, objective, gradients, kind, whole=whole)
+            whole = whole or gradients.method == "hooks"
         dropped = 0
         for _ in range(steps.steps_per_round):
-            total = (
-                RoundedSum(gradients, clipping, noisy.grid)
-                if isinstance(noisy, Discrete)
-                else ClippedSum(gradients, clipping)
-            )
+            total = _running_sum(gradients, clipping, noisy, objective.scale)
             drawn = [
                 _some(examples, unit, config.privacy.records_per_unit, randomness)
                 for unit in randomness.poisson_sample(len(examples), steps.sampling_rate).tolist()
@@ -281,16 +279,32 @@ def train(
                 _add(total, batch)
             dropped += total.dropped
             with torch.no_grad():
-                for parameter, summed in total.sums().items():
-                    mean = noisy.noised(summed, steps.noise_multiplier) / steps.divisor
-                    velocity[parameter] = phase.momentum * velocity[parameter] + mean
-                    parameters[parameter].sub_(phase.learning_rate * velocity[parameter])
+                for parameter, summed in total.sums().items():  # which nobody reads again: it is changed in place
+                    mean = noisy.noised(summed, steps.noise_multiplier).div_(steps.divisor)
+                    if phase.momentum:
+                        held = velocity.get(parameter)
+                        mean = velocity[parameter] = mean if held is None else held.mul_(phase.momentum).add_(mean)
+                    parameters[parameter].sub_(mean, alpha=phase.learning_rate)
     if dropped:
         log.warning("%d records of round %d counted as zero: their gradients are not finite", dropped, request.round)
     update = arrays.difference(arrays.read(model.module, trained), request.arrays)
     private = steps.noise_multiplier > 0
     return Trained(
-        update, noisy.mechanism if private else "none", noisy.source if private else "none", gradients.method
+        update,
+        noisy.mechanism if private else "none",
+        noisy.source if private else "none",
+        "summed" if clipping is None else gradients.method,
+    )
+
+
+def _running_sum(
+    gradients: Gradients, clipping: Clipping | None, noisy: Noise, scale: float
+) -> ClippedSum | RoundedSum | PlainSum:
+    """Begin a step's sum: of bounded records, or, where the run promises nothing and asks for it, of unbounded ones."""
+    if clipping is None:
+        return PlainSum(gradients, scale)
+    return (
+        RoundedSum(gradients, clipping, noisy.grid) if isinstance(noisy, Discrete) else ClippedSum(gradients, clipping)
     )
 
 
@@ -307,7 +321,7 @@ def _some(examples: Examples, unit: int, most: int, randomness: Keystream) -> Un
     return [row for record in some.tolist() for row in examples.of_record(records[record])]
 
 
-def _add(total: ClippedSum | RoundedSum, batch: Objective) -> None:
+def _add(total: ClippedSum | RoundedSum | PlainSum, batch: Objective) -> None:
     """Add the site's own records; where the engine fails on them though the probe passed, the reason stays at the site.
 
     Raises

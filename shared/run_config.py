@@ -51,7 +51,8 @@ class Lora(Section):
     """Low-rank adapters. A is chosen by the coordinator and frozen, B is trained: averaging B is exact.
 
     A is drawn from the run's seed (`random`), or holds the frozen weight's leading right singular vectors
-    (`svd`): the directions to which that layer already listens. `targets` are ends of layers' names, or one word:
+    (`svd`): the directions to which that layer already listens. With `train_a`, A is trained as well: what is averaged then is
+    the sites' products B A, and their mean is split into two factors of this rank again. `targets` are ends of layers' names, or one word:
     `attention` for the linear layers of every attention, `all-linear` for all but the last. What an adapter adds is
     scaled by alpha / rank; with `rslora` by alpha / sqrt(rank), which keeps its size the same at every rank
     (Kalajdzievski 2023, "A rank stabilization scaling factor for fine-tuning with LoRA").
@@ -64,6 +65,7 @@ class Lora(Section):
     # Numbers of the layers to adapt, from 0; None adapts all.
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] | None = None
     init: Literal["random", "svd"] = "random"
+    train_a: bool = False
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -172,11 +174,22 @@ class Augmentation(Section):
     noise: float = Field(0.005, ge=0, le=1)  # white, of the loudest that there can be, at most
 
 
+METHODS: dict[str, dict[str, Any]] = {  # by the names of the papers -> what they are here
+    "fedavg": {"server_optimizer": "sgd", "server_learning_rate": 1.0, "server_momentum": 0.0},
+    "fedavgm": {"server_optimizer": "sgd", "server_learning_rate": 1.0},
+    "fedadam": {"server_optimizer": "adam"},
+    "fedyogi": {"server_optimizer": "yogi"},
+    "fedadagrad": {"server_optimizer": "adagrad", "server_momentum": 0.0},
+    "fedprox": {},
+}
+
+
 class Phase(Section):
     """Rounds of one kind: each site makes `local_steps` noised steps, the server one step.
 
     Give `batch_size` (expected records a step) or `sampling_rate`, not both. The server's gradient is the
-    sites' mean update; with `adam` its size is normalised away, with `sgd` it is taken as it is.
+    sites' mean update; with `adam`, `yogi` and `adagrad` its size is normalised away, with `sgd` it is taken as it is.
+    `server_optimizer` goes by the methods' names too: `fedavg`, `fedavgm`, `fedadam`, `fedyogi`, `fedadagrad`.
     """
 
     rounds: int = Field(ge=0, le=100_000)
@@ -187,11 +200,44 @@ class Phase(Section):
     momentum: float = Field(0.0, ge=0, lt=1)  # of the site's steps, within a round
     clipping_norm: Positive = 0.05
     noise_ratio: Positive = 1.0  # this phase's noise multiplier over the run's common one
-    server_optimizer: Literal["adam", "sgd"] = "adam"
+    # Pull of each step towards the arrays that the round began with, mu of FedProx: after the noise, so that it costs nothing.
+    proximal: float = Field(0.0, ge=0, allow_inf_nan=False)
+    server_optimizer: Literal["adam", "sgd", "yogi", "adagrad"] = "adam"
     server_learning_rate: Positive = 5e-3
     server_momentum: float = Field(0.9, ge=0, lt=1)
+    server_adaptivity: Positive = 1e-8  # tau of adam, yogi and adagrad: what is added to the root of the second moment
     server_schedule: Literal["constant", "decay"] = "constant"  # decay: from half of the phase on, down to a tenth
     server_average: float = Field(0.0, ge=0, lt=1)  # decay of the published moving average; 0: none
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_by_its_name(cls, values: object) -> object:
+        name = values.get("server_optimizer") if isinstance(values, dict) else None
+        if not isinstance(values, dict) or not isinstance(name, str) or name not in METHODS:
+            return values
+        if name == "fedprox":
+            raise ValueError(
+                "server_optimizer='fedprox' is no server's rule: set proximal=0.01, say, beside server_optimizer='fedavg'"
+            )
+        if name == "fedavg" and values.get("server_momentum", 0.0) != 0.0:
+            raise ValueError(
+                f"server_optimizer='fedavg' has no momentum, and server_momentum={values['server_momentum']} is set; use 'fedavgm'"
+            )
+        return {**METHODS[name], **values, "server_optimizer": METHODS[name]["server_optimizer"]}
+
+    @model_validator(mode="after")
+    def _a_pull_has_something_to_pull(self) -> Self:
+        if self.proximal and self.local_steps == 1:
+            raise ValueError(
+                f"proximal={self.proximal:g} pulls a site's later steps back, and local_steps=1 has none; raise local_steps, or "
+                "leave proximal out"
+            )
+        if self.proximal * self.learning_rate >= 1:
+            raise ValueError(
+                f"proximal={self.proximal:g} times learning_rate={self.learning_rate:g} must be below 1, or each step throws the "
+                "site back beyond where the round began; lower proximal"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_of_rate_and_batch(self) -> Self:
@@ -276,7 +322,10 @@ class Privacy(Section):
 
 
 class Federation(Section):
-    """Who asks, who takes part in a round, how long it may take, what then, and how replies are weighted.
+    """Who asks, who takes part in a round, how long it may take, what then, and how replies become one.
+
+    `aggregation` is that rule. `median`, `trimmed-mean` and `multi-krum` need all updates of a round at once, which wait on
+    the coordinator's disk meanwhile; `mean` and `norm-bound` do not.
 
     A round's quorum is `min_sites`, or the share `min_fraction` of the sites that it asks, if that is more. Where fewer
     updates are in at the deadline, `on_shortfall` says what then: the run fails (`fail`), goes on with those that
@@ -292,6 +341,11 @@ class Federation(Section):
     on_shortfall: Literal["fail", "continue", "wait"] = "fail"
     longest_wait: Positive = 86400.0  # seconds of a round for which sites are asked again, in "wait"
     weighting: Literal["uniform", "declared"] = "uniform"
+    aggregation: Literal["mean", "median", "trimmed-mean", "multi-krum", "norm-bound"] = "mean"
+    # Of trimmed-mean: the share of the sites that is left out at each end, coordinate by coordinate.
+    trimmed_share: float | None = Field(None, gt=0, lt=0.5)
+    presumed_bad: Count | None = None  # of multi-krum: how many sites may be hostile
+    norm_bound: Positive | None = None  # of norm-bound: the L2 norm of an update to which a longer one is shortened
     keep_checkpoints: Count = 5
 
     @model_validator(mode="after")
@@ -302,6 +356,50 @@ class Federation(Section):
                 "so that no round could succeed; raise the one or lower the other"
             )
         return self
+
+    @model_validator(mode="after")
+    def _a_rule_has_its_setting(self) -> Self:
+        settings = {"trimmed-mean": "trimmed_share", "multi-krum": "presumed_bad", "norm-bound": "norm_bound"}
+        for rule, name in settings.items():
+            value = getattr(self, name)
+            if self.aggregation == rule and value is None:
+                raise ValueError(f"federation.aggregation={rule!r} needs federation.{name}; set it")
+            if self.aggregation != rule and value is not None:
+                raise ValueError(
+                    f"federation.{name}={value:g} is for federation.aggregation={rule!r}, which is {self.aggregation!r}; leave "
+                    "it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _a_rule_has_its_sites(self) -> Self:
+        if self.least > self.min_sites:
+            raise ValueError(
+                f"federation.min_sites={self.min_sites} is below the {self.least} updates that federation.aggregation="
+                f"{self.aggregation!r} needs"
+                + (f" with federation.presumed_bad={self.presumed_bad}" if self.presumed_bad else "")
+                + f"; raise it to {self.least}"
+            )
+        if self.gathers and self.weighting == "declared":
+            raise ValueError(
+                f"federation.weighting='declared' weighs means, and federation.aggregation={self.aggregation!r} counts each site "
+                "once; set it to 'uniform'"
+            )
+        return self
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the rule needs all updates of a round before it can begin."""
+        return self.aggregation in ("median", "trimmed-mean", "multi-krum")
+
+    @property
+    def least(self) -> int:
+        """Updates below which the rule promises nothing (Multi-Krum: 2f + 3, Blanchard et al. 2017)."""
+        return 2 * (self.presumed_bad or 0) + 3 if self.gathers else 1
+
+    def trimmed(self, updates: int) -> int:
+        """How many of so many updates trimmed-mean leaves out at each end; one is always left."""
+        return min(math.ceil(Fraction(str(self.trimmed_share or 0.0)) * updates), (updates - 1) // 2)
 
     def quorum(self, asked: int) -> int:
         """Updates that a round needs which asks this many sites; more than `asked` where it cannot be."""
@@ -407,10 +505,36 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _products_are_averaged(self) -> Self:
+        if not self.products:
+            return self
+        phase, why = (
+            self.training,
+            "and model.lora.train_a=true averages products, whose factors change from round to round",
+        )
+        if phase.server_optimizer != "sgd" or phase.server_momentum:
+            raise ValueError(
+                f"training.server_optimizer={phase.server_optimizer!r} with server_momentum={phase.server_momentum:g} remembers "
+                f"steps of each factor, {why}; set it to 'fedavg'"
+            )
+        if phase.server_average:
+            raise ValueError(f"training.server_average={phase.server_average:g} averages factors, {why}; set it to 0")
+        if self.federation.aggregation != "mean":
+            raise ValueError(
+                f"federation.aggregation={self.federation.aggregation!r} looks at each factor by itself, {why}; set it to 'mean'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _training_trains(self) -> Self:
         if self.rounds < 1:
             raise ValueError("no phase has a round, which leaves nothing to do; set training.rounds")
         return self
+
+    @property
+    def products(self) -> bool:
+        """Whether both factors of low-rank adapters are trained, so that the mean is that of their products."""
+        return self.model.trainable == "lora" and self.model.lora.train_a and self.training.rounds > 0
 
     @property
     def phases(self) -> dict[str, Phase]:

@@ -407,6 +407,30 @@ class RoundedSum:
         return self._sums
 
 
+class PlainSum:
+    """The running sum of gradients as autograd gives it: no record is bounded. For runs that promise nothing."""
+
+    dropped = 0  # a record whose gradient is not finite cannot be told from the others
+
+    def __init__(self, gradients: Gradients, scale: float = 1.0) -> None:
+        self._parameters, self._scale = gradients.parameters, scale
+        self._forget()
+
+    def add(self, objective: Objective) -> None:
+        """Add the gradients of a batch to what the parameters hold."""
+        (objective.run().sum() / self._scale).backward()  # type: ignore[no-untyped-call]
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return the sum, and let the parameters hold it no more."""
+        found = {name: value.grad for name, value in self._parameters.items() if value.grad is not None}
+        self._forget()
+        return {name: _sum_of(name, self._parameters, found) for name in self._parameters}
+
+    def _forget(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+
 def _sum_of(name: str, parameters: dict[str, nn.Parameter], sums: dict[str, Tensor]) -> Tensor:
     """Return a parameter's running sum, zeros at first; float32, or double where the model is."""
     if name not in sums:

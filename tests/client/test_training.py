@@ -167,6 +167,37 @@ def test_without_noise_the_update_is_the_clipped_sum_over_the_declared_batch(new
         assert np.allclose(update[name], -0.5 * value / (0.8 * declared), atol=1e-5)
 
 
+@pytest.mark.parametrize("records_at_once", [5, 64])
+def test_a_run_that_promises_nothing_may_leave_gradients_unclipped(new_desk: Desks, records_at_once: int) -> None:
+    """The update is then that of plain gradient steps on the mean over the declared batch, however it is cut up."""
+    config = {
+        "model": {"trainable": "full"},
+        "training": ONCE | {"local_steps": 2, "learning_rate": 0.1, "clipping_norm": 1e-3},
+        "privacy": {"epsilon": float("inf"), "clipping": "none"},
+        "hardware": {"micro_batch": records_at_once},
+    }
+    desk = new_desk(config=config, **OPEN)
+    reply = desk.train()
+    model, examples = models.load(desk.config), desk.resident.parts(desk.site, desk.config).train
+    parameters = {name: value for name, value in model.module.named_parameters() if name in model.trainable}
+    for _ in range(2):
+        total = torch.zeros(())
+        for tokens, label in zip(kept.tokens(examples), kept.labels(examples), strict=True):
+            ids = torch.tensor([tokens])
+            logits = model.module(input_ids=ids, attention_mask=torch.ones_like(ids))
+            total = total + torch.nn.functional.cross_entropy(logits, torch.tensor([label]))
+        found = torch.autograd.grad(total / 80, list(parameters.values()))
+        with torch.no_grad():
+            for value, gradient in zip(parameters.values(), found, strict=True):
+                value -= 0.1 * gradient
+    start = desk.start()
+    moved = {name: value.detach().numpy() - start[name] for name, value in parameters.items()}
+    assert max(float(np.abs(value).max()) for value in moved.values()) > 1e-3  # which is the clipping norm
+    assert set(moved) == set(reply.update)
+    assert all(np.allclose(reply.update[name], value, atol=2e-6) for name, value in moved.items())
+    assert reply.gradients == "summed"
+
+
 @pytest.mark.parametrize("trainable", ["lora", "full", "bias", "head"])
 def test_the_trained_weights_move_and_the_others_stay(new_desk: Desks, trainable: str) -> None:
     config = {"model": {"trainable": trainable}, "privacy": {"epsilon": float("inf")}, "training": ONCE}

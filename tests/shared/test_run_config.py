@@ -60,7 +60,7 @@ FAULTS = {
         (math.nan, "above 0"),
     ],
     "privacy.delta": [(0, "must be above 0"), (1, "must be below 1"), (math.nan, "must be ")],
-    "privacy.clipping": [("round", "must be 'flat' or 'normalise'")],
+    "privacy.clipping": [("round", "must be 'flat', 'normalise' or 'none'")],
     "privacy.max_noise_multiplier": [(math.inf, "must be finite")],
     "training.rounds": [
         (-1, "must be at least 0"),
@@ -130,6 +130,14 @@ COMBINATIONS = {
     "batch and rate": ({"training.batch_size": 8}, ["training: batch_size=8 and sampling_rate=0.1", "exactly one"]),
     "neither": ({"training.sampling_rate": None}, ["batch_size=None and sampling_rate=None", "exactly one"]),
     "no rounds": ({"training.rounds": 0}, ["no phase has a round", "training.rounds"]),
+    "a promise without clipping": (
+        {"privacy.clipping": "none"},
+        ["privacy.clipping='none'", "privacy.epsilon=8", "'flat'"],
+    ),
+    "a grid without clipping": (
+        {"privacy.clipping": "none", "privacy.epsilon": math.inf, "privacy.noise": "discrete"},
+        ["privacy.clipping='none'", "privacy.noise='discrete'"],
+    ),
     "cohort below quorum": (
         {"federation.sites_per_round": 2, "federation.min_sites": 3},
         ["federation.sites_per_round=2 is below federation.min_sites=3"],
