@@ -1,8 +1,8 @@
 """Image classification: an image a record, and one of the declared labels, or any number of them.
 
 What is kept of an image are its pixels as the model's processor resizes and crops them, one byte each. The processor's
-arithmetic (rescale, normalise) is a function of one pixel's value: it is read off the processor, for all 256, when a batch is
-made.
+arithmetic (rescale, normalise) is a function of one pixel's value: it is read off the processor, for all 256, when a
+processor's first batch is made.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,6 +39,8 @@ class ImageClassification(Classification):
     inputs = ("pixel_values",)
     axes = 0
     augments = True
+    _processor: Any = None  # whose arithmetic `_table` is
+    _table: npt.NDArray[np.float32] | None = None
 
     def fit(self, encoder: Any, processor: Any) -> None:
         """Take the size that the processor makes of images, whatever theirs is.
@@ -88,7 +90,9 @@ class ImageClassification(Classification):
 
     def collate(self, records: Sequence[Encoded], width: Width, processor: Any) -> Batch:  # noqa: ARG002 - as the base's
         """Pixels (B, 3, H, W), float32, as the processor gives them."""
-        values = normalised([record["pixels"] for record in records], processor)
+        if self._table is None or self._processor is not processor:
+            self._processor, self._table = processor, _arithmetic(processor)
+        values = _looked_up([record["pixels"] for record in records], self._table)
         return {"pixel_values": torch.from_numpy(values), **self.targets(records)}
 
     def augmented(self, encoded: Encoded, uniform: Uniform, processor: Any) -> Encoded:  # noqa: ARG002 - as the base's
@@ -123,7 +127,10 @@ def pixels(image: PIL.Image.Image, processor: Any) -> Pixels:
 
 def normalised(images: Sequence[Pixels], processor: Any) -> npt.NDArray[np.float32]:
     """Return images (H, W, 3) as the processor gives them, (B, 3, H, W), float32."""
-    table = _arithmetic(processor)
+    return _looked_up(images, _arithmetic(processor))
+
+
+def _looked_up(images: Sequence[Pixels], table: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     together = np.moveaxis(np.stack(images), -1, 1)
     return np.stack([colour[together[:, number]] for number, colour in enumerate(table)], axis=1)
 
