@@ -269,7 +269,7 @@ def _conversions(delta: float) -> npt.NDArray[np.float64]:
     return np.array([_conversion(order, delta) for order in _FINE_ORDERS])
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=4096)  # a number each; thousands of sites may share some hundred plans
 def _calibrated(steps: tuple[PlannedSteps, ...], target: float, delta: float) -> float:
     def excess(noise: float) -> float:  # log of spent over allowed: falls as the noise grows
         plan = [Release(s.sampling_rate, noise * s.noise_ratio, s.steps, s.mechanism) for s in steps]
