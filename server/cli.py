@@ -30,7 +30,7 @@ RUN_COLUMNS = [
     *("sweep", "cell"),
 ]
 SWEEP_COLUMNS = ["sweep", "name", "runs", "completed", "created_at", "version"]
-ROUND_COLUMNS = ["round", "attempt", "phase", "started_at", "seconds", "checkpoint", "bytes"]
+ROUND_COLUMNS = ["round", "attempt", "phase", "started_at", "seconds", "simulated_seconds", "checkpoint", "bytes"]
 
 _database = click.option(
     "--database",
@@ -124,7 +124,9 @@ def rounds(run_id: str, round_number: int | None, database: str, style: Format, 
         run = find_run(store, run_id)
         found = store.rounds(run.id, round_number=round_number, limit=_one_more(limit))
     rows = [{"round": each.number, **vars(each), **_checkpoint(each)} for each in found]
-    _print(run, "rounds", ROUND_COLUMNS, rows, style, limit)
+    timed = style != "table" or any(each.simulated_seconds is not None for each in found)
+    columns = [name for name in ROUND_COLUMNS if timed or name != "simulated_seconds"]
+    _print(run, "rounds", columns, rows, style, limit)
 
 
 @history.command()
@@ -273,7 +275,9 @@ def _print_parts(
         run = find_run(store, run_id)
         read: Callable[..., list[tuple[int, object]]] = getattr(store, reader)
         found = read(run.id, site=site, round_number=round_number, limit=_one_more(limit))
-    left_out = LONG_COLUMNS if style == "table" else ()
+    left_out: tuple[str, ...] = LONG_COLUMNS if style == "table" else ()
+    if style == "table" and all(getattr(value, "asked", None) is None for _, value in found):
+        left_out = (*left_out, "asked")
     columns = ["round", *(field.name for field in fields(record) if field.name not in left_out)]
     _print(run, what, columns, [{"round": number, **vars(each)} for number, each in found], style, limit)
 

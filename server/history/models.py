@@ -107,6 +107,7 @@ class RoundRow(Base):
     phase: Mapped[str]
     started_at: Mapped[datetime]
     seconds: Mapped[float]
+    simulated_seconds: Mapped[float | None]
 
 
 class CheckpointRow(Base):
@@ -135,6 +136,7 @@ class ParticipationRow(Base):
     bytes_down: Mapped[int] = mapped_column(BigInteger)
     bytes_up: Mapped[int] = mapped_column(BigInteger)
     error: Mapped[str | None] = mapped_column(FreeText)
+    asked: Mapped[int | None]
 
 
 class MetricRow(Base):
@@ -176,6 +178,7 @@ class SpendRow(Base):
     ledger_id: Mapped[str]
     ledger_number: Mapped[int]
     ledger_head: Mapped[str]
+    asked: Mapped[int | None]
 
 
 class LedgerRow(Base):

@@ -93,15 +93,15 @@ def rounds(session: Session, run_id: str, number: int | None, limit: int | None)
     """Read a run's rounds without their parts; with a limit, the newest ones."""
     query = select(
         *(RoundRow.run_id, RoundRow.number, RoundRow.attempt, RoundRow.phase),
-        *(RoundRow.started_at, RoundRow.seconds, CheckpointRow.digest, CheckpointRow.bytes),
+        *(RoundRow.started_at, RoundRow.seconds, CheckpointRow.digest, CheckpointRow.bytes, RoundRow.simulated_seconds),
     )
     query = query.join(CheckpointRow, CheckpointRow.round_id == RoundRow.id).where(RoundRow.run_id == run_id)
     if number is not None:
         query = query.where(RoundRow.number == number)
     rows = _newest(session, query, [RoundRow.number], limit)
     return [
-        Round(run, number, attempt, phase, started_at, seconds, Checkpoint(digest, size))
-        for run, number, attempt, phase, started_at, seconds, digest, size in rows
+        Round(run, number, attempt, phase, started_at, seconds, Checkpoint(digest, size), simulated_seconds=simulated)
+        for run, number, attempt, phase, started_at, seconds, digest, size, simulated in rows
     ]
 
 

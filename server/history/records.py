@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 RunStatus = Literal["pending", "running", "completed", "failed", "stopped"]
 AttemptOutcome = Literal["completed", "failed", "stopped", "lost"]  # lost: died without a word
-Outcome = Literal["ok", "refused", "failed", "timeout", "exhausted"]  # exhausted: out of privacy budget
+# exhausted: out of privacy budget; pending: at work when a buffered round ended
+Outcome = Literal["ok", "refused", "failed", "timeout", "exhausted", "pending"]
 Kind = Literal["join", "train", "evaluate"]
 Part = Literal["train", "validation"]
 EventLevel = Literal["info", "warning", "error"]
@@ -83,6 +84,7 @@ class Participation:
     bytes_down: int  # to the site
     bytes_up: int  # from the site
     error: str | None = None
+    asked: int | None = None  # the round whose question this is about; None: its own
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class Spend:
     ledger_id: str = ""  # of the dataset's account at the site
     ledger_number: int = 0  # of this release in that account, from 1; 0: not recorded
     ledger_head: str = ""  # digest of the account's event before it
+    asked: int | None = None  # the round whose question the release answers; None: its own
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,7 @@ class Round:
     participations: tuple[Participation, ...] = field(default=(), repr=False)
     metrics: tuple[Metric, ...] = field(default=(), repr=False)
     spends: tuple[Spend, ...] = field(default=(), repr=False)
+    simulated_seconds: float | None = None  # that it would have taken, where the sites' time is simulated
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-NEWEST = "0004"  # a test holds it to the newest file in migrations/versions
+NEWEST = "0005"  # a test holds it to the newest file in migrations/versions
 TABLE = "moonflower_revision"
 LOCK = 0x6D6F6F6E  # of PostgreSQL's advisory locks, for whoever makes or upgrades the schema
 ONE_AT_A_TIME = threading.Lock()  # Alembic keeps the migration that it runs in a module

@@ -94,6 +94,7 @@ def commit_round(session: Session, round: Round) -> None:
         )
     values = {"number": round.number, "attempt": round.attempt, "phase": round.phase}
     values |= {"run_id": round.run, "started_at": round.started_at, "seconds": round.seconds}
+    values["simulated_seconds"] = round.simulated_seconds
     key = session.scalars(insert(RoundRow).values(values).returning(RoundRow.id)).one()
     session.execute(insert(CheckpointRow), [{"round_id": key, **vars(round.checkpoint)}])
     tables: dict[Any, Any] = {

@@ -12,14 +12,16 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from typing import TypeVar
 
 from server import mechanisms
-from server.history.records import Run, Spend
+from server.history.records import Participation, Run, Spend
 from server.history.store import History
 from server.privacy import uncounted
 from server.privacy.records import PARTS, Account, Place, Recorded, Statement, Sums, ranges
 from shared.errors import MoonflowerError
 
+Part = TypeVar("Part", Participation, Spend)
 TOLERANCE = 1e-6  # relative, between a site's epsilon and the one composed here from the same releases
 
 
@@ -53,10 +55,15 @@ def read(history: History, run: Run) -> Recorded:
         run=history.run(run.id),
         attempts=history.attempts(run.id),
         rounds=rounds,
-        participations=[pair for pair in history.participations(run.id) if pair[0] <= last],
-        spends=[pair for pair in history.spends(run.id) if pair[0] <= last],
+        participations=[_by_question(*pair) for pair in history.participations(run.id) if pair[0] <= last],
+        spends=[_by_question(*pair) for pair in history.spends(run.id) if pair[0] <= last],
         ledgers=history.ledgers(),
     )
+
+
+def _by_question(number: int, part: Part) -> tuple[int, Part]:
+    """Give what counts in a round with the number of the round that it was asked in, which is the ledger's."""
+    return part.asked or number, part
 
 
 def make(recorded: Recorded, *, now: datetime) -> Statement:

@@ -28,6 +28,8 @@ def _unanswered(recorded: Recorded) -> list[Uncounted]:
     for number, kind, site in _asked_before(recorded):
         lost[site, kind][number] = "asked by an attempt that was lost"
     for number, part in recorded.participations:
+        if part.kind in PARTS and part.outcome == "pending":
+            lost[part.site, part.kind].setdefault(number, "at work when the round ended")
         if part.kind in PARTS and part.outcome in ("timeout", "failed"):
             lost[part.site, part.kind][number] = f"{part.outcome}: {part.error or 'no reason was given'}"
     lines = []

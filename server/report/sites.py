@@ -91,7 +91,7 @@ def troubles(facts: Facts) -> list[Trouble]:
     """Group what did not go well by site and words, the latest first."""
     found: dict[tuple[str, Kind, Outcome, str | None], Trouble] = {}
     for number, part in facts.participations:
-        if part.outcome == "ok" and part.error is None:
+        if part.outcome == "pending" or (part.outcome == "ok" and part.error is None):
             continue
         key = (part.site, part.kind, part.outcome, part.error)
         trouble = found.setdefault(key, Trouble(*key, first=number, last=number, times=0))
@@ -115,6 +115,8 @@ def traffic(facts: Facts) -> dict[int, Traffic]:
     """Sum each round's participations up."""
     found = {each.number: Traffic() for each in facts.rounds}
     for number, part in facts.participations:
+        if part.outcome == "pending":
+            continue
         seen = found[number]
         seen.down += part.bytes_down
         seen.up += part.bytes_up
