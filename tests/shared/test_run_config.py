@@ -78,7 +78,10 @@ FAULTS = {
     "training.learning_rate": [(-1e-3, "above 0")],
     "training.momentum": [(1, "below 1"), (-0.1, "at least 0")],
     "training.local_steps": [(0, "at least 1")],
-    "training.server_optimizer": [("adamw", "must be 'adam' or 'sgd'")],
+    "training.server_optimizer": [("adamw", "must be 'adam', 'sgd', 'yogi' or 'adagrad'")],
+    "training.proximal": [(-1, "at least 0"), (math.inf, "finite")],
+    "federation.aggregation": [("krum", "'median', 'trimmed-mean', 'multi-krum' or 'norm-bound'")],
+    "federation.trimmed_share": [(0.5, "below 0.5"), (0, "above 0")],
     "training": [(5, "must be a section of settings"), (None, "must be a section of settings")],
     "model.name": [("", "at least 1 characters"), (3, "must be text")],
     "model.digest": [("abc", "must match")],
@@ -141,6 +144,53 @@ COMBINATIONS = {
     "cohort below quorum": (
         {"federation.sites_per_round": 2, "federation.min_sites": 3},
         ["federation.sites_per_round=2 is below federation.min_sites=3"],
+    ),
+    "a method of the sites, asked of the server": (
+        {"training.server_optimizer": "fedprox"},
+        ["training: server_optimizer='fedprox'", "proximal=0.01"],
+    ),
+    "fedavg with momentum": (
+        {"training.server_optimizer": "fedavg", "training.server_momentum": 0.9},
+        ["server_optimizer='fedavg'", "server_momentum=0.9", "'fedavgm'"],
+    ),
+    "a pull on a single step": ({"training.proximal": 0.1}, ["training: proximal=0.1", "local_steps=1"]),
+    "a pull beyond the start": (
+        {"training.proximal": 4, "training.learning_rate": 0.5, "training.local_steps": 2},
+        ["proximal=4 times learning_rate=0.5 must be below 1"],
+    ),
+    "a rule without its setting": (
+        {"federation.aggregation": "multi-krum", "federation.min_sites": 9},
+        ["federation.aggregation='multi-krum' needs federation.presumed_bad"],
+    ),
+    "a setting without its rule": (
+        {"federation.norm_bound": 0.5},
+        ["federation.norm_bound=0.5 is for federation.aggregation='norm-bound', which is 'mean'"],
+    ),
+    "too few sites for Krum": (
+        {"federation.aggregation": "multi-krum", "federation.presumed_bad": 2, "federation.min_sites": 6},
+        ["federation.min_sites=6 is below the 7 updates", "federation.presumed_bad=2", "raise it to 7"],
+    ),
+    "too few sites for a median": (
+        {"federation.aggregation": "median", "federation.min_sites": 2},
+        ["federation.min_sites=2 is below the 3 updates that federation.aggregation='median' needs"],
+    ),
+    "a median of weighted sites": (
+        {"federation.aggregation": "median", "federation.min_sites": 3, "federation.weighting": "declared"},
+        ["federation.weighting='declared'", "federation.aggregation='median'", "'uniform'"],
+    ),
+    "moments of factors": ({"model.lora.train_a": True}, ["training.server_optimizer='adam'", "'fedavg'"]),
+    "an average of factors": (
+        {"model.lora.train_a": True, "training.server_optimizer": "fedavg", "training.server_average": 0.5},
+        ["training.server_average=0.5", "set it to 0"],
+    ),
+    "a rule that looks at factors apart": (
+        {
+            "model.lora.train_a": True,
+            "training.server_optimizer": "fedavg",
+            "federation.aggregation": "norm-bound",
+            "federation.norm_bound": 1,
+        },
+        ["federation.aggregation='norm-bound'", "model.lora.train_a=true", "'mean'"],
     ),
 }
 
@@ -224,6 +274,36 @@ def test_the_last_round_is_always_evaluated_and_the_plan_counts_them(every, roun
     evaluated = [n for n in range(1, rounds + 1) if config.evaluated(n)]
     assert evaluated == sorted({*range(every, rounds + 1, every), rounds})
     assert config.evaluations == len(evaluated)
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "rate", "momentum"),
+    [
+        ("fedavg", "sgd", 1.0, 0.0),
+        ("fedavgm", "sgd", 1.0, 0.9),
+        ("fedadam", "adam", 5e-3, 0.9),
+        ("fedyogi", "yogi", 5e-3, 0.9),
+        ("fedadagrad", "adagrad", 5e-3, 0.0),
+    ],
+)
+def test_a_method_by_its_papers_name_is_the_same_run_as_spelt_out(name, optimizer, rate, momentum):
+    named = read(**{"training.server_optimizer": name})
+    phase = named.training
+    assert (phase.server_optimizer, phase.server_learning_rate, phase.server_momentum) == (optimizer, rate, momentum)
+    spelt = {"server_optimizer": optimizer, "server_learning_rate": rate, "server_momentum": momentum}
+    assert named.digest == read(**{f"training.{key}": value for key, value in spelt.items()}).digest
+    assert (
+        read(**{"training.server_optimizer": name, "training.server_learning_rate": 0.3}).training.server_learning_rate
+        == 0.3
+    )
+
+
+@given(share=st.integers(1, 49), updates=st.integers(3, 200))
+def test_trimming_leaves_the_share_out_at_each_end_and_never_all(share, updates):
+    settings = {"federation.aggregation": "trimmed-mean", "federation.trimmed_share": share / 100}
+    trimmed = read(**settings, **{"federation.min_sites": 3}).federation.trimmed(updates)
+    assert updates - 2 * trimmed >= 1
+    assert trimmed == min(-(-share * updates // 100), (updates - 1) // 2)
 
 
 def test_defaults_are_within_their_own_limits():
