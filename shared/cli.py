@@ -73,11 +73,11 @@ def root() -> None:
     """
 
 
-def main() -> None:
+def main(command: click.Command = root) -> None:
     """Run the command line: a `MoonflowerError` is one line and its exit code, anything else a traceback."""
     raise_dropped_interrupts()
     try:
-        done = root.main(standalone_mode=False)  # a command's own return value, or the code of its `ctx.exit`
+        done = command.main(standalone_mode=False)  # a command's own return value, or the code of its `ctx.exit`
         sys.exit(done if isinstance(done, int) else 0)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()

@@ -1,11 +1,13 @@
 """A scenario: a run's configuration and the virtual sites that take part, in one TOML file."""
 
 import tomllib
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self
+from types import UnionType
+from typing import Any, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from client.privacy.policy import Policy
 from client.site import Name
@@ -139,7 +141,10 @@ def load(name: str, overrides: dict[str, Any]) -> Scenario:
 
 
 def override(text: str) -> tuple[str, Any]:
-    """Read `--set KEY=VALUE`; the value is TOML, or else the text itself. No value takes the setting out."""
+    """Read `--set KEY=VALUE`; the value is TOML, or else the text itself. No value takes the setting out.
+
+    A key may leave out the sections that it lies in, where no other setting is called so.
+    """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {text!r} is not KEY=VALUE, as in --set training.learning_rate=1e-3.")
@@ -147,7 +152,33 @@ def override(text: str) -> tuple[str, Any]:
         read = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
         read = {}
-    return key.strip(), read["value"] if len(read) == 1 else value
+    return full_key(key.strip()), read["value"] if len(read) == 1 else value
+
+
+def full_key(key: str) -> str:
+    """Give the setting that a key is the end of: `lora.rank` is `model.lora.rank`. Of a key that ends none, the key itself.
+
+    Raises
+    ------
+    ConfigError
+        Where several settings end so.
+    """
+    if key.partition(".")[0] in Scenario.model_fields:
+        return key
+    found = sorted(name for name in _settings(Scenario) if name.endswith(f".{key}"))
+    if len(found) > 1:
+        raise ConfigError(f"{key} may be {' or '.join(found)}; name it in full.")
+    return found[0] if found else key
+
+
+def _settings(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Name every setting of a section, and of the sections in it."""
+    for name, described in kind.model_fields.items():
+        yield prefix + name
+        held = described.annotation
+        for inner in get_args(held) if isinstance(held, UnionType) else (held,):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from _settings(inner, f"{prefix}{name}.")
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:

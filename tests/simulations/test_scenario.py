@@ -56,6 +56,8 @@ def test_what_travels_is_the_run_without_its_sites_and_data():
         (" a = 1", "a", 1),
         ("a=", "a", ""),
         ("a=1\nb=2", "a", "1\nb=2"),
+        ("lora.rank=4", "model.lora.rank", 4),
+        ("epsilon=3", "privacy.epsilon", 3),
     ],
 )
 def test_a_setting_is_toml_or_else_text(text, key, value):
@@ -128,3 +130,9 @@ def test_a_folder_is_relative_to_the_file_that_names_it_or_to_where_the_command_
 def test_a_built_in_scenario_without_data_says_how_to_give_them():
     with pytest.raises(ConfigError, match=r"--set data\.folder=DIR"):
         scenario.load("causal-lm", {})
+
+
+def test_the_end_of_several_settings_names_none_of_them():
+    assert complaint(scenario.override, "sampling_rate=0.1") == (
+        "sampling_rate may be refit.sampling_rate or training.sampling_rate or warm_start.sampling_rate; name it in full."
+    )
