@@ -3,11 +3,15 @@
 All of it is post-processing of what the sites released, so it costs no privacy.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
+from server.aggregation import product
+from server.aggregation.product import Pair
 from shared.arrays import Arrays
 from shared.errors import ModelError
 from shared.run_config import Phase
@@ -15,8 +19,8 @@ from shared.run_config import Phase
 if TYPE_CHECKING:
     from shared.models import LoadedModel
 
-EPSILON = 1e-8
-SECOND_MOMENT_DECAY = 0.99
+SECOND_MOMENT_DECAY = 0.99  # beta_2 of adam and yogi
+Values = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -66,36 +70,61 @@ def enter(state: ServerState, phase: str, names: tuple[str, ...]) -> ServerState
     return ServerState(state.published, state.published, zeros, dict(zeros), 0, phase, state.base)
 
 
-def step(state: ServerState, settings: Phase, update: Arrays, *, done: float = 0.0) -> ServerState:
-    """Move the iterate by the sites' mean update.
+def step(
+    state: ServerState, settings: Phase, update: Arrays, *, done: float = 0.0, pairs: Mapping[str, Pair] | None = None
+) -> ServerState:
+    """Move the iterate by the sites' mean update. The published average starts with the phase's first step.
 
-    `adam` takes it as a gradient (Reddi et al. 2021, "Adaptive federated optimization", with bias correction);
-    `sgd` adds it with heavy-ball momentum. The published average starts with the phase's first step. `done` is the share
-    of the phase that lies behind, for the learning rate's schedule.
+    Parameters
+    ----------
+    done
+        The share of the phase that lies behind, for the learning rate's schedule.
+    pairs
+        Which of the update's arrays are products, and of which factors (`server.aggregation.product`). Such a product is
+        moved by the learning rate times its mean update, and split anew; nothing of it is remembered.
     """
-    steps = state.steps + 1
-    decay, rate = (
-        np.float32(settings.server_momentum),
-        np.float32(settings.server_learning_rate * schedule(settings, done)),
-    )
+    steps, rate = state.steps + 1, settings.server_learning_rate * schedule(settings, done)
     iterate, published = dict(state.iterate), dict(state.published)
     first, second = dict(state.first), dict(state.second)
     for name, delta in update.items():
-        if settings.server_optimizer == "adam":
-            first[name] = decay * first[name] + (1 - decay) * delta
-            second[name] = (
-                np.float32(SECOND_MOMENT_DECAY) * second[name] + np.float32(1 - SECOND_MOMENT_DECAY) * delta * delta
-            )
-            mean = first[name] / np.float32(1 - settings.server_momentum**steps)
-            spread = np.sqrt(second[name] / np.float32(1 - SECOND_MOMENT_DECAY**steps))
-            move = mean / (spread + np.float32(EPSILON))
-        else:
-            move = first[name] = decay * first[name] + delta
-        iterate[name] = (iterate[name] + rate * move).astype(np.float32)
+        if pairs is not None and name in pairs:
+            moved = product.moved(state.iterate, pairs[name], delta, rate)
+            iterate |= moved
+            published |= moved
+            continue
+        move, first[name], second[name] = _move(settings, delta, first[name], second[name], steps)
+        iterate[name] = (iterate[name] + np.float32(rate) * move).astype(np.float32)
         # Weights of a moving average that starts now: equal at first, then `server_average` for the past.
         keep = np.float32(min(settings.server_average, 1 - 1 / steps))
         published[name] = (keep * published[name] + (1 - keep) * iterate[name]).astype(np.float32)
     return replace(state, iterate=iterate, published=published, first=first, second=second, steps=steps)
+
+
+def _move(settings: Phase, delta: Values, first: Values, second: Values, steps: int) -> tuple[Values, Values, Values]:
+    """Turn one array's mean update into a move of length 1 (times the learning rate), and both moments after it.
+
+    `sgd` adds the update with heavy-ball momentum: FedAvg (McMahan et al. 2017) without, FedAvgM (Hsu et al. 2019,
+    "Measuring the effects of non-identical data distribution for federated visual classification") with. The others divide by
+    the root of a second moment: `adam`, `yogi` and `adagrad` of Reddi et al. 2021, "Adaptive federated optimization",
+    algorithm 2, with moments that start at zero and, where they decay, Adam's correction for that (as optax does for Yogi).
+    """
+    decay, square = np.float32(settings.server_momentum), delta * delta
+    if settings.server_optimizer == "sgd":
+        first = decay * first + delta
+        return first, first, second
+    first = decay * first + (1 - decay) * delta
+    spread, new = np.float32(1.0), np.float32(1 - SECOND_MOMENT_DECAY)
+    match settings.server_optimizer:
+        case "adagrad":
+            second = second + square
+        case "yogi":
+            second = second - new * square * np.sign(second - square)
+        case _:
+            second = np.float32(SECOND_MOMENT_DECAY) * second + new * square
+    if settings.server_optimizer != "adagrad":
+        spread = np.float32(1 - SECOND_MOMENT_DECAY**steps)
+    mean = first / np.float32(1 - settings.server_momentum**steps)
+    return mean / (np.sqrt(second / spread) + np.float32(settings.server_adaptivity)), first, second
 
 
 def schedule(settings: Phase, done: float) -> float:

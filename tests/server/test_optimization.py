@@ -42,7 +42,7 @@ def test_adam_is_torchs_adam_on_the_negated_update(scale):
     state = entered()
     parameters = {name: torch.nn.Parameter(torch.from_numpy(array.copy())) for name, array in arrays(0).items()}
     torchs = torch.optim.Adam(
-        parameters.values(), lr=0.02, betas=(0.8, optimization.SECOND_MOMENT_DECAY), eps=optimization.EPSILON
+        parameters.values(), lr=0.02, betas=(0.8, optimization.SECOND_MOMENT_DECAY), eps=settings.server_adaptivity
     )
     for number in range(12):
         update = arrays(number + 1, scale)
@@ -52,6 +52,44 @@ def test_adam_is_torchs_adam_on_the_negated_update(scale):
         torchs.step()
         for name, parameter in parameters.items():
             np.testing.assert_allclose(state.iterate[name], parameter.detach().numpy(), rtol=2e-5, atol=2e-6)
+
+
+def test_adagrad_is_torchs_adagrad_on_the_negated_update():
+    settings = phase(server_optimizer="fedadagrad", server_learning_rate=0.1, server_adaptivity=1e-3)
+    state = entered()
+    parameter = torch.nn.Parameter(torch.from_numpy(arrays(0)["a"].copy()))
+    torchs = torch.optim.Adagrad([parameter], lr=0.1, eps=1e-3)
+    for number in range(12):
+        update = arrays(number + 1)
+        state = step(state, settings, update)
+        parameter.grad = -torch.from_numpy(update["a"])
+        torchs.step()
+        np.testing.assert_allclose(state.iterate["a"], parameter.detach().numpy(), rtol=2e-5, atol=2e-6)
+
+
+def test_yogi_is_its_papers_second_moment_with_adams_correction():
+    """Zaheer et al. 2018, equation for v: it moves towards the square by a step of fixed size, up or down."""
+    settings = phase(server_optimizer="fedyogi", server_learning_rate=0.1, server_momentum=0.8, server_adaptivity=1e-3)
+    state = entered()
+    x, m, v = arrays(0)["a"].astype(np.float64), 0.0, 0.0
+    for number in range(1, 13):
+        update = arrays(number, scale=10.0 if number < 4 else 0.1)  # the second moment must come down again
+        state = step(state, settings, update)
+        delta = update["a"].astype(np.float64)
+        m = 0.8 * m + 0.2 * delta
+        v = v + 0.01 * delta**2 * np.where(v < delta**2, 1.0, -1.0)
+        x = x + 0.1 * (m / (1 - 0.8**number)) / (np.sqrt(v / (1 - 0.99**number)) + 1e-3)
+        np.testing.assert_allclose(state.iterate["a"], x, rtol=1e-4, atol=1e-5)
+
+
+def test_a_larger_adaptivity_damps_small_updates():
+    moved = {
+        tau: step(entered(), phase(server_adaptivity=tau, server_learning_rate=1.0), arrays(1, 1e-4)).iterate["a"]
+        - arrays(0)["a"]
+        for tau in (1e-8, 1e-2)
+    }
+    np.testing.assert_allclose(np.abs(moved[1e-8]), 1.0, rtol=0.05)
+    assert np.abs(moved[1e-2]).max() < 0.1
 
 
 def test_sgd_is_torchs_momentum_on_the_negated_update():
@@ -122,7 +160,7 @@ def test_a_step_leaves_the_state_that_it_started_from():
     assert same_bits(before, copy)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "yogi", "adagrad"])
 def test_a_state_goes_through_a_checkpoint_to_the_bit_and_resuming_equals_not_stopping(tmp_path, optimizer):
     settings = phase(server_optimizer=optimizer, server_average=0.6)
     whole = resumed = entered()
