@@ -257,6 +257,14 @@ def test_a_phase_begins_without_a_residual_and_so_does_a_run(new_desk: Desks) ->
     assert np.array_equal(flat(first) + flat(again), flat(plain.train(1, run="other").update))
 
 
+def test_a_phase_of_the_same_arrays_begins_without_a_residual_too(new_desk: Desks) -> None:
+    head = {"model": {"trainable": "head"}, "warm_start": {"rounds": 1, "sampling_rate": 0.5, "clipping_norm": 1.0}}
+    desk, plain = new_desk(config=TOP_K | head), new_desk(name="plain", config=head)
+    desk.train(1)
+    sent = flat(arrived(desk, desk.train(2)))
+    assert np.array_equal(sent + flat(left(desk)), flat(trained(plain, 2)))
+
+
 # -- what a site does not know ---------------------------------------------------------------------------------------
 
 
