@@ -46,7 +46,7 @@ class Roster:
         *,
         authenticated: bool,
     ) -> None:
-        self._job, self._desk, self._history, self._observer, self._ledgers = job, desk, history, observer, ledgers
+        self._job, self.desk, self._history, self._observer, self._ledgers = job, desk, history, observer, ledgers
         self._authenticated, self.clock = authenticated, desk.clock
         request = JoinRequest(job.run, job.config.as_json(), model.base_digest, models.shapes(model.arrays()))
         self._question = Question("join", 0, request, JoinReply)
@@ -73,7 +73,7 @@ class Roster:
             self.sites = {node: reply for node, reply in self.sites.items() if node in nodes}
             answers = []
             self._ledgers.look_at_all()
-            for answer in self._desk.ask(self._question, self._unjoined(nodes), DEADLINE):
+            for answer in self.desk.ask(self._question, self._unjoined(nodes), DEADLINE):
                 answers.append(answer)
                 self._consider(answer, 0, replace=False)
             self._check_apart()
@@ -97,21 +97,21 @@ class Roster:
         if self._job.simulated and not self.clock.simulated:
             return
         self._look()
-        for answer in self._desk.collect(waiting):
+        for answer in self.desk.collect(waiting):
             self._consider(answer, number, replace=True)
-        asked = self._desk.asked(self._question)
-        new = self._unjoined([node for node in self._desk.online if node not in asked and self._rested(node, number)])
+        asked = self.desk.asked(self._question)
+        new = self._unjoined([node for node in self.desk.online if node not in asked and self._rested(node, number)])
         if new:
             self._ledgers.look_at_all()
-        self._desk.post(self._question, new)
+        self.desk.post(self._question, new)
 
     def able(self, question: Question[Any] | None = None) -> dict[int, JoinReply]:
         """Return the sites that can be asked now: connected, not left out, and not at work on another question."""
-        busy = self._desk.owing(but=question)
+        busy = self.desk.owing(but=question)
         return {
             node: reply
             for node, reply in self.sites.items()
-            if node in self._desk.online
+            if node in self.desk.online
             and node not in self.left_out
             and node not in busy
             and (not self._authenticated or self._names.get(node) == reply.site)
@@ -124,7 +124,7 @@ class Roster:
         self._history.add_event(self._job.run, "warning", text)
 
     def _look(self) -> None:
-        online = self._desk.look()
+        online = self.desk.look()
         if self._authenticated:
             self._names = names.enrolled(online, self._history.site_keys())
 
@@ -140,7 +140,7 @@ class Roster:
         while True:
             ending.check_stop(self._job, self._history)
             self._look()
-            nodes = [node for node in self._desk.online if not self._authenticated or node in self._names]
+            nodes = [node for node in self.desk.online if not self._authenticated or node in self._names]
             wanted = 0 if self.clock.simulated else self._job.sites  # simulated sites come at their time
             if len(nodes) >= max(federation.min_sites, wanted):
                 return nodes
@@ -161,7 +161,7 @@ class Roster:
     def _rested(self, node: int, number: int) -> bool:
         """Whether a node that did not join may be asked again."""
         start, again = self._resting.get(node, ("", 0))
-        return number >= again or self._desk.online[node].activated != start
+        return number >= again or self.desk.online[node].activated != start
 
     def _consider(self, answer: Answer[JoinReply], number: int, *, replace: bool) -> None:
         """Take a site in, or note why not; one that connected anew as another node replaces itself."""
@@ -180,7 +180,7 @@ class Roster:
             return
         outcome = "failed" if answer.outcome == "ok" else answer.outcome
         passing = reply is None and outcome in ("failed", "timeout")
-        start = self._desk.online[node].activated if node in self._desk.online else ""
+        start = self.desk.online[node].activated if node in self.desk.online else ""
         self._resting[node] = start, number + (1 if passing else ROUNDS)
         if self._reasons.get(node) != (error or outcome):
             self._reasons[node] = error or outcome
@@ -197,7 +197,7 @@ class Roster:
             return f"the node calls itself {reply.site!r}, and its key is enrolled for {self._names.get(node)!r}."
         if replace:
             others = {other: known for other, known in self.sites.items() if known.site != reply.site}
-            rivals = self._desk.online.keys() & (self.sites.keys() - others.keys() - {node})
+            rivals = self.desk.online.keys() & (self.sites.keys() - others.keys() - {node})
             if any(not self._authenticated or rival in self._names for rival in rivals):  # else its key was renewed
                 return f"site {reply.site} is connected as another node, too; stop one of them."
             if pair := shared_account([*others.values(), reply]):

@@ -10,7 +10,7 @@ seen before the question was sent. What cannot be seen is a ledger put back and 
 another coordinator, beyond the number seen here; `moonflower privacy statement --verify` finds that by digests.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from server.history.records import Ledger
 from server.history.store import History
@@ -23,19 +23,20 @@ class Ledgers:
     Parameters
     ----------
     resumed
-        The round that an earlier attempt may have had answers for, which this one never saw: the only one
+        The rounds that an earlier attempt may have had answers for, which this one never saw: the only ones
         whose answers may be resent under an old number. None in a run's first attempt.
     """
 
-    def __init__(self, history: History, run: str, *, simulated: bool, resumed: int | None) -> None:
+    def __init__(self, history: History, run: str, *, simulated: bool, resumed: Collection[int]) -> None:
         self._history, self._run, self._simulated, self._resumed = history, run, simulated, resumed
         self._before: dict[str, Ledger] = {}  # of the sites that joined
         self._at_join: dict[str, Ledger] = {}  # of all
-        self._joined: set[str] = set()
 
-    def look(self) -> None:
-        """Read what has been seen so far: call it before a question of a round is sent."""
-        self._before = self._history.ledgers(self._joined)
+    def look(self, asked: Iterable[JoinReply] | None = None) -> None:
+        """Read what has been seen so far of these sites' ledgers, or of all: call it before a question of a round is sent."""
+        if asked is None:
+        else:
+            self._before |= self._history.ledgers({site.ledger_id for site in asked})
 
     def look_at_all(self) -> None:
         """Read what has been seen of all ledgers: call it before sites are asked to join."""
@@ -64,7 +65,6 @@ class Ledgers:
                 "on the same records is not in the new one.",
             )
         self._saw(reply, reply.dataset)
-        self._joined.add(reply.ledger_id)
         return None
 
     def at_reply(self, reply: TrainReply | EvaluateReply, joined: JoinReply) -> str | None:
@@ -80,7 +80,7 @@ class Ledgers:
 
     def _resent(self, reply: TrainReply | EvaluateReply) -> bool:
         """Whether an earlier attempt may have been given this very answer: its number belongs to no other."""
-        return reply.round == self._resumed and self._history.charged(reply.ledger_id, reply.ledger_number) is None
+        return reply.round in self._resumed and self._history.charged(reply.ledger_id, reply.ledger_number) is None
 
     def _replaced(self, reply: JoinReply) -> Ledger | None:
         place = (reply.site, reply.dataset)

@@ -70,12 +70,12 @@ def fetcher(grid: Grid) -> Fetch:
     """Return what yields the replies to messages that are there, when an honest reply has at most so many bytes.
 
     Of a real SuperLink a reply is fetched piece by piece, and never more of it; from nodes of this machine as they come;
-    elsewhere in shares of `MEMORY`.
+    elsewhere in shares of `MEMORY`. Whoever stops in the middle has the rest at the next call.
     """
     if in_process(grid):
-        return partial(_fetch_each, grid)
+        return partial(_fetch_each, grid, [])
     if not hasattr(type(grid), "_runtime_client"):  # as flwr's HttpGrid has, whose module takes a second to import
-        return partial(_fetch, grid)
+        return partial(_fetch, grid, [])
     from server.parcels import Parcels
 
     parcels = Parcels(cast(Any, grid))
@@ -87,21 +87,33 @@ def fetcher(grid: Grid) -> Fetch:
     return fetch
 
 
-def _fetch_each(grid: Grid, ids: Sequence[str], largest: int) -> Iterator[Message]:  # noqa: ARG001 - as `Fetch`
+def _fetch_each(grid: Grid, pulled: list[Message], ids: Sequence[str], largest: int) -> Iterator[Message]:  # noqa: ARG001
     wanted = set(ids)
+    yield from _out_of(pulled, wanted)
     with _reached():
         while replies := list(grid.pull_messages(wanted)):
-            while replies:
-                yield replies.pop(0)
+            pulled += replies
+            del replies
+            yield from _out_of(pulled, wanted)
 
 
-def _fetch(grid: Grid, ids: Sequence[str], largest: int) -> Iterator[Message]:
+def _fetch(grid: Grid, pulled: list[Message], ids: Sequence[str], largest: int) -> Iterator[Message]:
     share = max(1, MEMORY // largest)
+    yield from _out_of(pulled, set(ids))
     for start in range(0, len(ids), share):
         with _reached():
-            replies = list(grid.pull_messages(ids[start : start + share]))[::-1]
-        while replies:
-            yield replies.pop()
+            pulled += grid.pull_messages(ids[start : start + share])
+        yield from _out_of(pulled, set(ids))
+
+
+def _out_of(pulled: list[Message], wanted: set[str]) -> Iterator[Message]:
+    """Take the wanted replies out of those that were pulled, one by one."""
+    place = 0
+    while place < len(pulled):
+        if pulled[place].metadata.reply_to_message_id in wanted:
+            yield pulled.pop(place)
+        else:
+            place += 1
 
 
 @contextmanager

@@ -43,8 +43,8 @@ def validation(task: Task, histogram: npt.NDArray[np.float64], noise: float, sit
     ]
 
 
-def spend(reply: TrainReply | EvaluateReply, joined: JoinReply, config: RunConfig) -> Spend:
-    """Return what a release has cost, as the site reports it."""
+def spend(reply: TrainReply | EvaluateReply, joined: JoinReply, config: RunConfig, number: int) -> Spend:
+    """Return what a release has cost that came in round `number`, as the site reports it."""
     rate, steps, gradients = 1.0, 1, ""  # of a histogram, over all validation records
     if isinstance(reply, TrainReply):
         rate, steps, gradients = reply.sampling_rate, reply.steps, reply.gradients
@@ -64,4 +64,5 @@ def spend(reply: TrainReply | EvaluateReply, joined: JoinReply, config: RunConfi
         ledger_id=reply.ledger_id,
         ledger_number=reply.ledger_number,
         ledger_head=reply.ledger_head,
+        asked=None if reply.round == number else reply.round,
     )

@@ -15,7 +15,8 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from server import checkpoints, ending, optimization, replies, selection, weighing
-from server.aggregation import Fold, UpdateError
+from server.aggregation import Rule, UpdateError, rules
+from server.buffered import Buffer, Take, influence
 from server.dispatch import SMALL, Answer, Desk, Letter, Question
 from server.evaluation import TestSet
 from server.history.records import Kind, Metric, Participation, Round, Run, Spend
@@ -53,15 +54,20 @@ class Campaign:
     ) -> None:
         self.job, self.history, self.observer = job, history, observer
         self.config = job.config
+        self.buffered = job.config.federation.mode == "buffered"
         self.model: LoadedModel = models.load(job.config)
         self.model.module.to(models.pick_device(job.device))
         self.test_set = None if job.test_set is None else TestSet(job.test_set, job.config, self.model)
         last = history.last_round(job.run)
-        resumed = last.number + 1 if last else 1
-        self.ledgers = Ledgers(history, job.run, simulated=job.simulated, resumed=resumed if attempt > 1 else None)
+        again = last.number + 1 if last else 1
+        oldest = max(1, again - self.config.federation.max_staleness) if self.buffered else again
+        resumed = range(oldest, again + 1) if attempt > 1 else ()
+        self.ledgers = Ledgers(history, job.run, simulated=job.simulated, resumed=resumed)
         self.desk = Desk(grid, self._dropped)
         self.asking: tuple[int, Kind] | None = None  # the question that was asked last
         self.roster = Roster(job, self.model, self.desk, history, observer, self.ledgers, authenticated=authenticated)
+        self.buffer = Buffer(job, self.roster, history, observer, self.ledgers)
+        self.clock, self.ended = self.desk.clock, self.desk.clock.now()  # when the last round ended
 
     def restore(self) -> tuple[int, ServerState]:
         """Return the last committed round's number and state; 0 and the start where there is none."""
@@ -76,28 +82,62 @@ class Campaign:
         """Send the iterate out, fold the sites' updates in, and take the server's step."""
         name, settings, step = self.config.place(number)
         state = optimization.enter(state, name, self.model.names(name))
-        weights = weighing.weights(self.config, self.history, self.job.run)
-        request = TrainRequest(self.job.run, self.config.as_json(), number, state.iterate, weights)
-        longest = SMALL + 2 * compression.size(state.first, self.config.compression)
-        question = Question("train", number, request, TrainReply, largest=longest)
-        fold = Fold(state.first, unit=settings.learning_rate * settings.clipping_norm)  # shaped like the phase's arrays
-        quorum = Quorum(self.job, self.roster, self.history, number)
-        nodes = quorum.cohort()
-        most = selection.largest(self.roster.sites.values())
-        while nodes:
-            for answer in self._ask(question, nodes):
-                error = self._folded(fold, state.first, answer, number, most, seen)
-                quorum.heard(answer, error)
-                self._saw(seen, number, "train", answer, error)
-            nodes = quorum.missing(question)
+        question = self.asking_to_train(number, state)
+        # An update is shaped like the phase's arrays, and so are the moments.
+        with rules.chosen(self.config, number, state.iterate, state.first, self.job.checkpoints) as rule:
+            self._take_in(rule, question, state, seen)
+            mean = rule.mean()
+        if rule.left_out:
+            text = f"round {number}: {self.config.federation.aggregation} leaves out {', '.join(rule.left_out)}."
+            self.history.add_event(self.job.run, "info", text)
         with np.errstate(over="ignore", invalid="ignore"):  # looked at below
-            moved = optimization.step(state, settings, fold.mean(), done=(step - 1) / settings.rounds)
+            moved = optimization.step(state, settings, mean, done=(step - 1) / settings.rounds, pairs=rule.pairs)
         if not all(np.isfinite(array).all() for array in moved.iterate.values()):
             raise RunFailedError(
                 f"round {number}: the server's step left arrays that are not finite; start a new run with {name}."
                 f"server_learning_rate below {settings.server_learning_rate:g}."
             )
         return moved
+
+    def _take_in(self, rule: Rule, question: Question[TrainReply], state: ServerState, seen: Seen) -> None:
+        """Ask for a round's updates, and take them in as they come."""
+        most, number = selection.largest(self.roster.sites.values()), question.number
+
+        def take(asked: Question[TrainReply], answer: Answer[TrainReply]) -> str | None:
+            error = self._folded(rule, state.first, asked.number, answer, number, most, seen)
+            self._saw(seen, number, "train", answer, error, asked.number)
+            return error
+
+        if self.buffered:
+            self.buffer.fill(question, take)
+        else:
+            self._gather(question, take)
+
+    def asking_to_train(self, number: int, state: ServerState) -> Question[TrainReply]:
+        """Return round `number`'s question, from the state that its phase has been entered with."""
+        weights = weighing.weights(self.config, self.history, self.job.run, number)
+        request = TrainRequest(self.job.run, self.config.as_json(), number, state.iterate, weights)
+        longest = SMALL + 2 * compression.size(state.first, self.config.compression)
+        return Question("train", number, request, TrainReply, largest=longest)
+
+    def asked_before(self, number: int) -> Question[TrainReply]:
+        """Return the question of a round that is committed, as it was asked."""
+        name, _, _ = self.config.place(number)
+        if number > 1:
+            (before,) = self.history.rounds(self.job.run, round_number=number - 1)
+            state = checkpoints.read(self.job.checkpoints, before.checkpoint.digest)
+        else:
+            state = optimization.start(self.model.arrays(), self.model.base_digest)
+        return self.asking_to_train(number, optimization.enter(state, name, self.model.names(name)))
+
+    def _gather(self, question: Question[TrainReply], take: Take) -> None:
+        """Ask a cohort, and take its answers until they are enough."""
+        quorum = Quorum(self.job, self.roster, self.history, question.number)
+        nodes = quorum.cohort()
+        while nodes:
+            for answer in self._ask(question, nodes):
+                quorum.heard(answer, take(question, answer))
+            nodes = quorum.missing(question)
 
     def evaluate(self, number: int, state: ServerState, seen: Seen) -> None:
         """Score what the round published: on the public test set, and by the sites' released histograms."""
@@ -110,7 +150,7 @@ class Campaign:
         total, variance = np.zeros(0), 0.0
         self.desk.look()
         for answer in self._ask(question, {node: site.site for node, site in sorted(self.roster.able().items())}):
-            reply, error = answer.reply, self._checked(answer, number, seen)
+            reply, error = answer.reply, self._checked(answer, number, number, seen)
             if reply is not None and error is None:
                 counts = replies.counts(reply, self.model.task)
                 if counts is None:
@@ -132,28 +172,31 @@ class Campaign:
         return self.desk.ask(question, nodes, self.config.federation.deadline)
 
     def _folded(
-        self, fold: Fold, like: Arrays, answer: Answer[TrainReply], number: int, most: int, seen: Seen
+        self, rule: Rule, like: Arrays, asked: int, answer: Answer[TrainReply], number: int, most: int, seen: Seen
     ) -> str | None:
         """Fold an update of arrays `like` these in, unpacked just now, or say why it cannot be."""
-        error = self._checked(answer, number, seen)
+        error = self._checked(answer, asked, number, seen) or self.buffer.fault(asked, number)
         if answer.reply is None or error is not None:
             return error
         try:
             update = compression.decompress(answer.reply.update, like, self.config.compression)
-            fold.add(update, selection.weight(self.config, self.roster.sites[answer.node], most))
+            weight = selection.weight(self.config, self.roster.sites[answer.node], most)
+            rule.add(update, weight, self.roster.sites[answer.node].site, influence(number - asked))
         except (MessageError, UpdateError) as refused:
             return str(refused)
         return None
 
-    def _checked(self, answer: Answer[TrainReply] | Answer[EvaluateReply], number: int, seen: Seen) -> str | None:
-        """Say what is wrong with an answer or the ledger that it comes from, and keep what it has cost."""
+    def _checked(
+        self, answer: Answer[TrainReply] | Answer[EvaluateReply], asked: int, number: int, seen: Seen
+    ) -> str | None:
+        """Say what is wrong with an answer to round `asked` or its ledger, and keep what it has cost in round `number`."""
         reply, site = answer.reply, self.roster.sites[answer.node]
         if reply is None:
             return answer.error
-        if (error := replies.at_odds(reply, site, number)) is not None:
+        if (error := replies.at_odds(reply, site, asked)) is not None:
             return error
         # Spent at the site, whether or not the reply can be used.
-        seen.spends.append(replies.spend(reply, site, self.config))
+        seen.spends.append(replies.spend(reply, site, self.config, number))
         if (error := self.ledgers.at_reply(reply, site)) is not None:
             self.roster.leave_out(answer.node, error)
         return error
@@ -165,6 +208,7 @@ class Campaign:
         kind: Kind,
         answer: Answer[TrainReply] | Answer[EvaluateReply],
         error: str | None,
+        asked: int | None = None,
     ) -> None:
         outcome = "failed" if error is not None and answer.outcome == "ok" else answer.outcome
         site = self.roster.sites[answer.node].site
@@ -173,7 +217,8 @@ class Campaign:
         before = seen.participations.get((site, kind))
         # Asked twice: a refusal does not undo that the site may have been charged the first time.
         if before is None or outcome == "ok" or before.outcome not in ("timeout", "failed"):
-            item = Participation(site, kind, outcome, answer.seconds, answer.bytes_down, answer.bytes_up, error)
+            other = None if asked == number else asked
+            item = Participation(site, kind, outcome, answer.seconds, answer.bytes_down, answer.bytes_up, error, other)
             seen.participations[site, kind] = item
         self.observer.answered(number, kind, site, outcome, error)
 
@@ -195,6 +240,8 @@ def play(campaign: Campaign, number: int, state: ServerState, attempt: int) -> t
     seen = Seen()
     state = campaign.train(number, state, seen)
     campaign.evaluate(number, state, seen)
+    seen.participations |= {(part.site, part.kind): part for part in campaign.buffer.pending(number)}
+    began, campaign.ended = campaign.ended, campaign.clock.now()
     write = partial(checkpoints.write, job.checkpoints, state)
     done = Round(
         run=job.run,
@@ -207,6 +254,7 @@ def play(campaign: Campaign, number: int, state: ServerState, attempt: int) -> t
         participations=tuple(seen.participations.values()),
         metrics=tuple(seen.metrics),
         spends=tuple(seen.spends),
+        simulated_seconds=campaign.ended - began if campaign.clock.simulated else None,
     )
     campaign.history.commit_round(done)
     campaign.observer.round_finished(done)
@@ -231,12 +279,13 @@ def run(job: Job, grid: Grid, history: History, observer: Observer, *, engine: s
         campaign = Campaign(job, grid, history, observer, attempt=attempt.number, authenticated=authenticated)
         last, state = campaign.restore()
         campaign.roster.start()
+        campaign.buffer.restore(history.last_round(job.run), campaign.asked_before)
         observer.run_started(history.run(job.run), list(campaign.roster.sites.values()))
         kept = [item.checkpoint.digest for item in history.rounds(job.run)]
         for number in range(last + 1, job.config.rounds + 1):
             state, played = play(campaign, number, state, attempt.number)
             kept.append(played.checkpoint.digest)
-            newest = set(kept[-job.config.federation.keep_checkpoints :])
+            newest = set(kept[-job.config.federation.checkpoints :])
             checkpoints.prune(job.checkpoints, newest, before=played.started_at)
     except BaseException as error:
         ending.close(job, history, attempt.number, error)

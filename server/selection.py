@@ -17,6 +17,12 @@ def select(config: RunConfig, number: int, sites: dict[int, JoinReply]) -> list[
     return sorted(drawn, key=lambda node: sites[node].site)
 
 
+def shuffled(config: RunConfig, number: int, sites: dict[int, JoinReply]) -> list[int]:
+    """Return the nodes in the order in which a buffered round asks them: drawn by the run's seed, the same after a restart."""
+    nodes = sorted(sites, key=lambda node: sites[node].site)
+    return random.Random(f"{config.seed}/{number}").sample(nodes, len(nodes))  # noqa: S311 - selection protects nothing
+
+
 def largest(sites: Iterable[JoinReply]) -> int:
     """Return the largest declared size."""
     return max(site.records for site in sites)

@@ -43,14 +43,14 @@ def found(task: Task, counts: Counts, noise: float) -> list[Metric]:
     return said
 
 
-def weights(config: RunConfig, history: History, run: str) -> Arrays:
-    """Return the labels' weights that go with the next request: none where none are released, or none are asked for."""
+def weights(config: RunConfig, history: History, run: str, number: int | None = None) -> Arrays:
+    """Return the labels' weights that go with the next request, or went with round `number`'s: none where none are released."""
     if config.loss.class_weights != "released":
         return {}
     rounds: dict[int, dict[str, Metric]] = {}
-    for number, metric in history.metrics(run):
-        if metric.name.startswith(HELD):
-            rounds.setdefault(number, {})[metric.name] = metric
+    for said_in, metric in history.metrics(run):
+        if metric.name.startswith(HELD) and (number is None or said_in < number):
+            rounds.setdefault(said_in, {})[metric.name] = metric
     if not rounds:
         return {}
     total = reduce(add, (_held(said, config.task.labels) for _, said in sorted(rounds.items())))

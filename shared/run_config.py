@@ -330,6 +330,10 @@ class Federation(Section):
     A round's quorum is `min_sites`, or the share `min_fraction` of the sites that it asks, if that is more. Where fewer
     updates are in at the deadline, `on_shortfall` says what then: the run fails (`fail`), goes on with those that
     are there, if there is one (`continue`), or asks those missing again, for at most `longest_wait` (`wait`).
+
+    In `mode = "buffered"` a round ends with its `buffer_size`-th update, whichever iterate that started from: `concurrency`
+    sites are at work at a time, nobody is waited for, and an update that started up to `max_staleness` rounds ago counts, the
+    less the older its start (Nguyen et al. 2022, "Federated learning with buffered asynchronous aggregation").
     """
 
     # The coordinator's public name, which sites' policies may ask for: claimed here, authenticated by the transport.
@@ -347,6 +351,43 @@ class Federation(Section):
     presumed_bad: Count | None = None  # of multi-krum: how many sites may be hostile
     norm_bound: Positive | None = None  # of norm-bound: the L2 norm of an update to which a longer one is shortened
     keep_checkpoints: Count = 5
+    mode: Literal["synchronous", "buffered"] = "synchronous"
+    buffer_size: Count | None = None  # updates of a buffered round
+    concurrency: Count | None = None  # sites at work at a time, in buffered rounds; None: all
+    max_staleness: int = Field(10, ge=0, le=1000)  # rounds
+
+    @model_validator(mode="after")
+    def _a_buffer_has_a_size_and_no_cohort(self) -> Self:
+        if self.mode == "synchronous":
+            given = [name for name in ("buffer_size", "concurrency") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(
+                    f"federation.{given[0]}={getattr(self, given[0])} is of buffered rounds; set federation.mode='buffered', or "
+                    "leave it out"
+                )
+            return self
+        if self.buffer_size is None:
+            raise ValueError(
+                "federation.mode='buffered' needs federation.buffer_size, the updates of a round; set it to 10, say, and to no more "
+                "than there are sites: a round takes one update of a site"
+            )
+        for name, free in (("sites_per_round", None), ("min_fraction", 0.0)):
+            if getattr(self, name) != free:
+                raise ValueError(
+                    f"federation.{name}={getattr(self, name)} is of rounds with a cohort, and buffered ones have none; leave it "
+                    "out: federation.concurrency says how many sites work at a time"
+                )
+        if self.gathers:
+            raise ValueError(
+                f"federation.aggregation={self.aggregation!r} counts all updates alike, and those of buffered rounds differ in age; "
+                "set it to 'mean' or 'norm-bound', or federation.mode to 'synchronous'"
+            )
+        return self
+
+    @property
+    def checkpoints(self) -> int:
+        """Newest checkpoints that a run keeps: those that a resumed buffered round may ask from are among them."""
+        return max(self.keep_checkpoints, self.max_staleness + 1 if self.mode == "buffered" else 0)
 
     @model_validator(mode="after")
     def _a_cohort_is_a_quorum(self) -> Self:
@@ -519,6 +560,8 @@ class RunConfig(Section):
             )
         if phase.server_average:
             raise ValueError(f"training.server_average={phase.server_average:g} averages factors, {why}; set it to 0")
+        if self.federation.mode == "buffered":
+            raise ValueError(f"federation.mode='buffered' takes updates of older factors, {why}; set it to 'synchronous'")
         if self.federation.aggregation != "mean":
             raise ValueError(
                 f"federation.aggregation={self.federation.aggregation!r} looks at each factor by itself, {why}; set it to 'mean'"
