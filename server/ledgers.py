@@ -32,11 +32,9 @@ class Ledgers:
         self._before: dict[str, Ledger] = {}  # of the sites that joined
         self._at_join: dict[str, Ledger] = {}  # of all
 
-    def look(self, asked: Iterable[JoinReply] | None = None) -> None:
-        """Read what has been seen so far of these sites' ledgers, or of all: call it before a question of a round is sent."""
-        if asked is None:
-        else:
-            self._before |= self._history.ledgers({site.ledger_id for site in asked})
+    def look(self, sites: Iterable[JoinReply]) -> None:
+        """Read what has been seen so far of these sites' ledgers: call it before a question of a round is sent to them."""
+        self._before |= self._history.ledgers({site.ledger_id for site in sites})
 
     def look_at_all(self) -> None:
         """Read what has been seen of all ledgers: call it before sites are asked to join."""

@@ -64,7 +64,8 @@ class Campaign:
         resumed = range(oldest, again + 1) if attempt > 1 else ()
         self.ledgers = Ledgers(history, job.run, simulated=job.simulated, resumed=resumed)
         self.desk = Desk(grid, self._dropped)
-        self.asking: tuple[int, Kind] | None = None  # the question that was asked last
+        self.asking: tuple[int, Kind] | None = None  # the question that was asked last,
+        self.asked: set[int] = set()  # and whom
         self.roster = Roster(job, self.model, self.desk, history, observer, self.ledgers, authenticated=authenticated)
         self.buffer = Buffer(job, self.roster, history, observer, self.ledgers)
         self.clock, self.ended = self.desk.clock, self.desk.clock.now()  # when the last round ended
@@ -166,8 +167,9 @@ class Campaign:
 
     def _ask(self, question: Question[R], nodes: Mapping[int, str]) -> Iterable[Answer[R]]:
         if self.asking != (question.number, question.kind):  # asked again: another run may have been charged since
-            self.asking = question.number, question.kind
-            self.ledgers.look()
+            self.asking, self.asked = (question.number, question.kind), set()
+        self.ledgers.look(self.roster.sites[node] for node in nodes if node not in self.asked)
+        self.asked |= nodes.keys()
         self.observer.asked(question.number, question.kind, list(nodes.values()))
         return self.desk.ask(question, nodes, self.config.federation.deadline)
 
