@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import ValidationError
 
@@ -26,7 +25,7 @@ from client.residual import Compressed
 from client.site import Site, reread
 from shared import imbalance, messages, models, plan
 from shared.accounting import Release, epsilon
-from shared.arrays import Arrays, same_shapes
+from shared.arrays import Arrays
 from shared.errors import ConfigError, DataError, EngineError, RefusedError
 from shared.messages import (
     EvaluateReply,
@@ -315,9 +314,12 @@ def _planned_release(config: RunConfig, planned: SitePlan, request: TrainRequest
 
 
 def _check_shapes(model: LoadedModel, received: Arrays) -> None:
-    if not same_shapes(received, model.arrays()):
+    if {name: array.shape for name, array in received.items()} != model.shapes():
         raise RefusedError("the request's arrays are not the ones that this model exchanges.")
-    if not all(np.abs(array).max(initial=0.0) <= LARGEST_VALUE for array in received.values()):  # NaN is not, either
+    most = LARGEST_VALUE
+    if not all(
+        -most <= array.min(initial=0.0) and array.max(initial=0.0) <= most for array in received.values()
+    ):  # nor NaN
         raise RefusedError(
             f"the request's arrays are not finite, or beyond {LARGEST_VALUE:g}: under such arrays gradients are mostly rounding."
         )

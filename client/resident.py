@@ -44,6 +44,7 @@ class Resident:
     _long: set[Part] = field(default_factory=set)  # parts whose features were probed at a text's full length
     probed: dict[str, Mode] = field(default_factory=dict)  # kinds of training that the probe has found right in full
     scored: set[str] = field(default_factory=set)  # kinds of evaluation that it has
+    probed_from: str = ""  # digest of the arrays, and the kind of training, that it has probed last
 
     def __reduce__(self) -> tuple[Callable[[], "Resident"], tuple[()]]:
         """Pickle as the receiving process's own: Ray unpickles the ClientApp anew for each message."""
@@ -71,6 +72,10 @@ class Resident:
             self._long.clear()
             self._features = FeatureCache()
         return self._model[1]
+
+    def probe_is_due(self, kind: str, arrays: str) -> bool:  # noqa: ARG002 - of a subclass
+        """Whether the engine is to be probed before a release of this kind, from arrays of this digest: always."""
+        return True
 
     def parts(self, site: Site, config: RunConfig) -> Parts:
         """Return the site's records, encoded and split; read anew when the file has changed.

@@ -266,7 +266,11 @@ def train(
         if clipping is not None:
             how = f"{config.hardware!r} {config.loss!r} {bool(request.weights)} {config.augmentation!r}"
             kind = f"{trained} {how} {whole} {config.privacy.records_per_unit}"
-            _probe(resident, objective, gradients, kind, whole=whole)
+            if resident.probe_is_due(kind, request.arrays_digest):
+                _probe(resident, objective, gradients, kind, whole=whole)
+                resident.probed_from = f"{kind} {request.arrays_digest}"
+            else:
+                gradients.use(resident.probed[kind])
             whole = whole or gradients.method == "hooks"
         dropped = 0
         for _ in range(steps.steps_per_round):
@@ -279,12 +283,12 @@ def train(
                 _add(total, batch)
             dropped += total.dropped
             with torch.no_grad():
-                for parameter, summed in total.sums().items():  # which nobody reads again: it is changed in place
-                    mean = noisy.noised(summed, steps.noise_multiplier).div_(steps.divisor)
+                for parameter, summed in total.sums().items():  # which nobody reads again: it may be changed in place
+                    step = noisy.noised(summed, steps.noise_multiplier)
                     if phase.momentum:
                         held = velocity.get(parameter)
-                        mean = velocity[parameter] = mean if held is None else held.mul_(phase.momentum).add_(mean)
-                    parameters[parameter].sub_(mean, alpha=phase.learning_rate)
+                        step = velocity[parameter] = step if held is None else held.mul_(phase.momentum).add_(step)
+                    parameters[parameter].sub_(step, alpha=phase.learning_rate / steps.divisor)
     if dropped:
         log.warning("%d records of round %d counted as zero: their gradients are not finite", dropped, request.round)
     update = arrays.difference(arrays.read(model.module, trained), request.arrays)

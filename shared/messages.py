@@ -11,6 +11,7 @@ import io
 import json
 import re
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from math import prod
 from typing import Any, Literal, TypeVar, get_type_hints
 
@@ -85,6 +86,11 @@ class TrainRequest:
     arrays: Arrays
     weights: Arrays = field(default_factory=dict)  # of labels, made of released counts: `shared.imbalance`; or none
 
+    @cached_property
+    def arrays_digest(self) -> str:
+        """Digest of `arrays`, made once however many sites of a process are asked."""
+        return digest(self.arrays)
+
 
 @dataclass(frozen=True)
 class TrainReply:
@@ -115,6 +121,11 @@ class EvaluateRequest:
     config: str
     round: int
     arrays: Arrays
+
+    @cached_property
+    def arrays_digest(self) -> str:
+        """As of `TrainRequest`."""
+        return digest(self.arrays)
 
 
 @dataclass(frozen=True)
@@ -320,7 +331,7 @@ def request_id(run: str, round_number: int, kind: Kind) -> str:
 def request_digest(request: TrainRequest | EvaluateRequest) -> str:
     """SHA-256 of all that decides the answer: kind, run, round, configuration, arrays and labels' weights."""
     state = hashlib.sha256()
-    parts = [type(request).__name__, request.run, str(request.round), request.config, digest(request.arrays)]
+    parts = [type(request).__name__, request.run, str(request.round), request.config, request.arrays_digest]
     if isinstance(request, TrainRequest):
         parts.append(digest(request.weights))
     for part in parts:

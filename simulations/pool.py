@@ -55,7 +55,7 @@ class Pool:
         whole = self.whole.dataset
         sized = {"records": size} if whole.unit_column is None else {"persons": size}
         dataset = whole.model_copy(update={"id": f"{whole.id}.{name}", **sized})
-        return self.whole.model_copy(update={"name": name, "dataset": dataset, "ledger": self.folder / LEDGER})
+        return site.virtual(self.whole, name=name, dataset=dataset, ledger=self.folder / LEDGER)
 
     def number(self, name: str) -> int:
         """Return the number of a site."""
@@ -125,6 +125,10 @@ class PoolResident(Resident):
         if site.ledger not in self._studies:
             self._studies[site.ledger] = Study(site.ledger)
         return self._studies[site.ledger].ledger(site)
+
+    def probe_is_due(self, kind: str, arrays: str) -> bool:
+        """Once for all sites that train from the same arrays: here they share one engine and one model."""
+        return kind not in self.probed or self.probed_from != f"{kind} {arrays}"
 
     def parts(self, site: Site, config: RunConfig) -> Parts:
         """Return the site's records, encoded and split: copied out of the pool."""

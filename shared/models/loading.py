@@ -68,6 +68,10 @@ class LoadedModel:
         """Copy of the exchanged arrays."""
         return read_arrays(self.module, self.exchanged)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the exchanged arrays."""
+        return {name: tuple(self.module.get_parameter(name).shape) for name in self.exchanged}
+
 
 def load(config: RunConfig) -> LoadedModel:
     """Load the run's model on the CPU.

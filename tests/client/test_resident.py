@@ -1,13 +1,18 @@
 """What a process keeps warm, and when it does not trust it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from kept import tokens
 
+from client.privacy import probe
+from client.resident import Resident
 from shared.run_config import RunConfig
+from simulations.pool import PoolResident
 
 Desks = Callable[..., Any]
 
@@ -81,3 +86,24 @@ def kept(desk: Any, arrays: Any = None) -> torch.Tensor:
     parts = desk.resident.parts(desk.site, desk.config)
     found: torch.Tensor = desk.resident.features(desk.site, "train", parts.train, desk.config, arrays)
     return found
+
+
+def test_a_site_probes_before_every_release_and_many_virtual_sites_once_for_the_same_arrays(
+    new_desk: Desks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes: list[str] = []
+
+    def seen(name: str, real: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        probes.append(name)
+        return real(*given, **named)
+
+    for name in ("check", "agrees"):
+        monkeypatch.setattr(probe, name, partial(seen, name, getattr(probe, name)))
+    for resident, expected in ((Resident(), ["check", "agrees", "agrees"]), (PoolResident(), ["check", "agrees"])):
+        probes.clear()
+        desk = new_desk(name=f"after-{len(expected)}")
+        desk.resident = resident
+        moved = {name: array + np.float32(0.01) for name, array in desk.start().items()}
+        for run, arrays in (("first", None), ("second", None), ("third", moved)):
+            desk.train(run=run, arrays=arrays)
+        assert probes == expected
