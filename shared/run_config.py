@@ -569,6 +569,23 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _what_is_not_sent_is_no_word_and_is_kept(self) -> Self:
+        if self.compression.update != "top-k":
+            return self
+        rule = self.federation.aggregation
+        if rule in ("median", "trimmed-mean"):
+            raise ValueError(
+                f"compression.update='top-k' sends 0 for most values, which federation.aggregation={rule!r} would take for what "
+                "sites found; set compression.update to 'int8', or federation.aggregation to 'mean'"
+            )
+        if self.products:
+            raise ValueError(
+                "compression.update='top-k' adds what was not sent of each factor to a later update, and model.lora.train_a=true "
+                "averages products, whose factors change from round to round; set compression.update to 'int8'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _training_trains(self) -> Self:
         if self.rounds < 1:
             raise ValueError("no phase has a round, which leaves nothing to do; set training.rounds")

@@ -81,6 +81,9 @@ FAULTS = {
     "training.server_optimizer": [("adamw", "must be 'adam', 'sgd', 'yogi' or 'adagrad'")],
     "training.proximal": [(-1, "at least 0"), (math.inf, "finite")],
     "federation.aggregation": [("krum", "'median', 'trimmed-mean', 'multi-krum' or 'norm-bound'")],
+    "compression.update": [("int4", "must be 'none', 'float16', 'int8' or 'top-k'")],
+    "compression.keep": [(0, "above 0"), (1.1, "at most 1")],
+    "compression.block": [(7, "at least 8"), (2**20 + 1, "at most 1048576"), (64.0, "whole number")],
     "federation.trimmed_share": [(0.5, "below 0.5"), (0, "above 0")],
     "training": [(5, "must be a section of settings"), (None, "must be a section of settings")],
     "model.name": [("", "at least 1 characters"), (3, "must be text")],
@@ -177,6 +180,19 @@ COMBINATIONS = {
     "a median of weighted sites": (
         {"federation.aggregation": "median", "federation.min_sites": 3, "federation.weighting": "declared"},
         ["federation.weighting='declared'", "federation.aggregation='median'", "'uniform'"],
+    ),
+    "a median of what was not sent": (
+        {"compression.update": "top-k", "federation.aggregation": "median", "federation.min_sites": 3},
+        ["compression.update='top-k'", "federation.aggregation='median'", "'int8'"],
+    ),
+    "what is left of another's factors": (
+        {
+            "compression.update": "top-k",
+            "model.lora.train_a": True,
+            "training.server_optimizer": "sgd",
+            "training.server_momentum": 0,
+        },
+        ["compression.update='top-k'", "model.lora.train_a=true", "'int8'"],
     ),
     "moments of factors": ({"model.lora.train_a": True}, ["training.server_optimizer='adam'", "'fedavg'"]),
     "an average of factors": (
