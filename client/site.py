@@ -151,6 +151,13 @@ def load(path: Path, device: str | None = None) -> Site:
     return site
 
 
+def virtual(site: Site, **changes: Any) -> Site:
+    """Return a changed copy that no file stands behind: a site that a simulation makes."""
+    copy = site.model_copy(update=changes)
+    copy._file = None
+    return copy
+
+
 def reread(site: Site) -> Site:
     """Return the site as its file says now: the owner may have tightened [privacy] while it was at work.
 

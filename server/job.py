@@ -57,6 +57,6 @@ def load(folder: Path) -> Job:
         test_set,
         sites=int(values.get("sites", 0)),
         device=str(values.get("device", "auto")),
-        simulated=(folder / SITES).is_dir(),
+        simulated=bool(values.get("simulated", (folder / SITES).is_dir())),
         supervised=bool(values.get("supervised", False)),
     )

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -201,11 +202,23 @@ def family(mark: str) -> list[psutil.Process]:
     """Return every process that has this mark in its environment, or this mark, a "#" and more; but the asking one."""
     found = []
     for process in psutil.process_iter():
-        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # ended meanwhile, or another user's
-            its = process.environ().get(MARK, "")
+        with suppress(OSError):  # ended meanwhile, or another user's
+            its = _mark_of(process.pid)
             if process.pid != os.getpid() and (its == mark or its.startswith(f"{mark}#")):
                 found.append(process)
     return found
+
+
+def _mark_of(pid: int) -> str:
+    """Return a process's mark; empty where it has none.
+
+    Read as it lies there: a process that sets its title writes over the first variables (Ray's do), and psutil reads no
+    further than the gap that this leaves.
+    """
+    begins = f"{MARK}=".encode()
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    found = next((each for each in variables if each.startswith(begins)), begins)
+    return found.removeprefix(begins).decode(errors="replace")
 
 
 def alive(process: psutil.Process) -> bool:

@@ -57,6 +57,12 @@ SUPERLINK = "moonflower"  # the connection's name in Flower's config.toml, as do
     metavar="HOST:PORT",
     help="With --engine flower: a running Ray cluster, or auto for this machine's; without it, Ray is started for the run.",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Processes that the sites run in, side by side, each with a model of its own; 1 by default. Several may share a GPU.",
+)
 @click.option("--resume", metavar="RUN", help="Go on with a run after its last committed round; `last` is the newest.")
 @click.option("--prepare", "prepare_only", is_flag=True, help="Lay out the run for `flwr run` and do not start it.")
 @click.option(
@@ -86,6 +92,7 @@ def simulate(
     cpus_per_site: int | None,
     gpus_per_site: float | None,
     ray_address: str | None,
+    workers: int | None,
     resume: str | None,
     prepare_only: bool,
     database: str,
@@ -113,7 +120,11 @@ def simulate(
         raise ConfigError(
             "--cpus-per-site, --gpus-per-site and --ray-address are of --engine flower; add it, or leave them out."
         )
-    _keep_quiet()
+    if engine == "flower" and workers is not None:
+        raise ConfigError(
+            f"--workers {workers} is of --engine in-process; --cpus-per-site says how many run side by side."
+        )
+    keep_quiet()
     from server.cli import find_run
     from server.history.engine import is_memory, parse_url
     from server.history.store import History
@@ -121,8 +132,8 @@ def simulate(
     from simulations import prepare
     from simulations import scenario as scenarios
 
-    _stop_cleanly_on_sigterm()
-    _make_home()
+    stop_cleanly_on_sigterm()
+    make_home()
     if is_memory(parse_url(database)):
         raise ConfigError(
             f"--database {database}: a database in memory ends with the process; name a file or a server."
@@ -151,11 +162,12 @@ def simulate(
         if engine == "flower":
             finished = flower.play(run, database, shown, resources)
         else:
-            finished = in_process.play(run, database, shown)
+            finished = in_process.play(run, database, shown, workers or 1)
         _print_finished(finished, history, database, console, quiet, style)
 
 
-def _make_home() -> None:
+def make_home() -> None:
+    """Make Moonflower's home, or say why it cannot be."""
     try:
         home().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=home()):
@@ -166,7 +178,7 @@ def _make_home() -> None:
         ) from None
 
 
-def _keep_quiet() -> None:
+def keep_quiet() -> None:
     """Set before Flower and Transformers are imported: no telemetry, no look for updates, no advice."""
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
     os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
@@ -175,7 +187,9 @@ def _keep_quiet() -> None:
     logging.getLogger("flwr").setLevel(logging.ERROR)
 
 
-def _stop_cleanly_on_sigterm() -> None:
+def stop_cleanly_on_sigterm() -> None:
+    """Take SIGTERM for an interrupt by a person, so that what is under way is closed."""
+
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -186,7 +200,7 @@ def _print_prepared(run: str, prepare: Any, database: str, style: str) -> None:
     from server.history.engine import masked, parse_url
 
     folder, shown = prepare.run_folder(run), masked(parse_url(database))
-    nodes = f"num-supernodes={len(prepare.site_files(run))} client-resources-num-cpus=1"
+    nodes = f"num-supernodes={len(prepare.nodes(run))} client-resources-num-cpus=1"
     settings = f"run={json.dumps(str(folder))} database={json.dumps(shown)}"  # TOML strings
     command = ["flwr", "run", ".", SUPERLINK, "--federation-config", nodes, "--run-config", settings]
     if style == "json":

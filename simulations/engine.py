@@ -1,18 +1,18 @@
 """Run a prepared simulation in this process: the ServerApp and the ClientApp over an in-process Grid."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 from flwr.app import Context, RecordDict
 from rich.console import Console
 
-import client.app
 import server.app
-from client.app import site_from_context
+from server import job
 from server.history.records import Kind, Outcome, Round, Run
 from server.history.store import History
 from server.observer import Observer
 from shared.messages import JoinReply
-from simulations import prepare
+from simulations import nodes, prepare
 from simulations.grid import InProcessGrid
 from simulations.progress import Live
 
@@ -39,8 +39,15 @@ class Silent:
         """Say nothing."""
 
 
-def play(run: str, database: str, console: Console | None) -> Run:
-    """Play what is left of a prepared run, and return it finished; `console` shows its progress.
+def play(run: str, database: str, console: Console | None, workers: int = 1) -> Run:
+    """Play what is left of a prepared run, and return it finished.
+
+    Parameters
+    ----------
+    console
+        Shows its progress; None shows nothing.
+    workers
+        Processes that sites run in, each with a model of its own; 1: this process.
 
     Raises
     ------
@@ -50,7 +57,6 @@ def play(run: str, database: str, console: Console | None) -> Run:
     live = None if console is None else Live(console)
     watching: AbstractContextManager[object] = nullcontext() if live is None else live
     observer: Observer = Silent() if live is None else live
-    grid = InProcessGrid(client.app.build(site_from_context), prepare.site_files(run))
     context = Context(
         run_id=1,
         node_id=0,
@@ -58,7 +64,27 @@ def play(run: str, database: str, console: Console | None) -> Run:
         state=RecordDict(),
         run_config={"run": str(prepare.run_folder(run)), "database": database, "engine": "in-process"},
     )
-    with watching:
+    with grid_of(run, workers) as grid, watching:
         server.app.build(observer)(grid, context)
     with History.open(database) as history:
         return history.run(run)
+
+
+def grid_of(run: str, workers: int) -> AbstractContextManager[InProcessGrid]:
+    """Return the grid of a run's virtual nodes."""
+    virtual = prepare.nodes(run)
+    if workers == 1:
+        return nullcontext(InProcessGrid(nodes.build(), virtual))
+    from simulations.workers import WorkerGrid
+
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    device = job.load(prepare.run_folder(run)).device
+    return WorkerGrid(nodes.build, virtual, devices=_devices(workers, device), threads=threads)
+
+
+def _devices(workers: int, device: str) -> list[str | None]:
+    """Return the GPU that each worker sees, in turn; None where there is none to choose, or the run names one."""
+    import torch
+
+    gpus = torch.cuda.device_count() if device == "auto" else 0
+    return [str(number % gpus) if gpus else None for number in range(workers)]

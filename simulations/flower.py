@@ -35,6 +35,7 @@ from shared.processes import Child
 from simulations import cluster, prepare
 from simulations.following import Follower
 from simulations.progress import Live
+from simulations.reaper import reaping
 
 POLL = 0.2  # seconds between looks at the history
 STARTING = 180.0  # seconds that a SuperLink may take until it answers
@@ -113,7 +114,7 @@ def play(run: str, database: str, console: Console | None, resources: Resources)
     RunFailedError
         Where it cannot go on; it can be resumed, by this engine or in process.
     """
-    folder, sites = prepare.run_folder(run), len(prepare.site_files(run))
+    folder, sites = prepare.run_folder(run), len(prepare.nodes(run))
     planned = job.load(folder)
     resources.check_device(planned.device)
     with ExitStack() as stack:
@@ -170,16 +171,19 @@ def _simulation(
     mark = f"simulation {secrets.token_hex(8)}"
     with ExitStack() as stack:
         # Ray's sockets lie in its folder, and their names may have 107 characters.
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="moonflower-", ignore_cleanup_errors=True))
+        scratch = Path(tempfile.mkdtemp(prefix="moonflower-"))
+        stack.enter_context(reaping(mark, scratch))
         log = stack.enter_context((state / LOG).open("a", encoding="utf-8"))
         own = environment(folder) | {"MOONFLOWER_DATABASE": database, "RAY_USAGE_STATS_ENABLED": "0"}
         if resources.address is None:
-            own |= {"RAY_ADDRESS": "local", "RAY_TMPDIR": scratch}
+            # Ray listens on all of the machine's addresses, and runs what it is given: by nobody without the token.
+            own |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            own |= {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(scratch)}
         elif resources.address == "auto":
             own.setdefault("RAY_ADDRESS", "auto")
         else:
             own["RAY_ADDRESS"] = resources.address
-        secret, secret_file = secrets.token_bytes(32), Path(scratch) / "secret"
+        secret, secret_file = secrets.token_bytes(32), scratch / "secret"
         write_key(secret_file, secret)
         address = f"127.0.0.1:{_free_port()}"
         host, _, port = address.partition(":")
@@ -197,7 +201,7 @@ def _simulation(
             client_resources_num_gpus=resources.gpus,
             init_args_log_to_driver=False,
         )
-        token = Path(scratch) / "token"
+        token = scratch / "token"
         write_key(token, flower.simulate(folder, needs).token.encode())
         command = ["flwr-simulation", "--runtime-api-address", address, "--token-file", str(token), "--insecure"]
         take = _to(log, last_lines)

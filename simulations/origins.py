@@ -20,6 +20,7 @@ from shared.media import Clip, Image
 from shared.record_files import FILE_NAME, MEDIA, METADATA
 from shared.record_tables import FORMATS
 from simulations import vader
+from simulations.pool_columns import POOL
 from simulations.scenario import Scenario
 
 
@@ -57,11 +58,12 @@ class BuiltIn:
     """The four domains of the vader data, a site each."""
 
     def __init__(self, scenario: Scenario) -> None:
-        names = [site.name for site in scenario.sites]
+        names = [site.name for site in scenario.sites] if scenario.partition is None else list(vader.DOMAINS)
         unknown = sorted(set(names) - vader.DOMAINS.keys())
         if unknown:
             raise ConfigError(f"sites: {unknown[0]!r} is not a domain of the vader data ({', '.join(vader.DOMAINS)}).")
-        self._held, kept = vader.split(vader.sentences())
+        held, kept = vader.split(vader.sentences())
+        self._held = held | {POOL: [sentence for name in held for sentence in held[name]]}
         # Not by domain, so that any first part of the test set is like the whole.
         self._test = sorted(
             (sentence for name in names for sentence in kept[name]),
@@ -90,7 +92,8 @@ class Folder:
         self._task = tasks.of(scenario.run_config())
         self._layout = scenario.data.layout()
         self._in_files = any(column.kind in MEDIA for column in self._task.columns.values())
-        self._sites = {site.name: self._needed(site.name) for site in scenario.sites}
+        names = [site.name for site in scenario.sites] if scenario.partition is None else [POOL]
+        self._sites = {name: self._needed(name) for name in names}
         self._test = self._find("test")
         for _ in self._test_records():
             pass  # each is looked at

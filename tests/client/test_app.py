@@ -58,7 +58,7 @@ def test_every_message_of_a_run_holds_its_declared_fields_of_public_values_and_r
     with History.open(database) as history:
         run = prepare.prepare(load(str(tiny_scenario), {}), history)
     recorder = Recorder(client.app.build(site_from_context))
-    grid = InProcessGrid(recorder, prepare.site_files(run))  # type: ignore[arg-type]
+    grid = InProcessGrid(recorder, prepare.nodes(run))  # type: ignore[arg-type]
     grid.in_process = False  # messages are written down, as for another machine
     settings: dict[str, Any] = {"run": str(prepare.run_folder(run)), "database": database}
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=settings)

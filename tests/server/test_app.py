@@ -26,7 +26,7 @@ def test_the_app_plays_the_run_that_flowers_configuration_names(moonflower_home,
             state=RecordDict(),
             run_config={"run": str(prepare.run_folder(run)), "database": database, "engine": "a test"},
         )
-        app.build(Log())(InProcessGrid(build_client(site_from_context), prepare.site_files(run)), context)
+        app.build(Log())(InProcessGrid(build_client(site_from_context), prepare.nodes(run)), context)
         assert history.run(run).status == "completed"
         assert [attempt.engine for attempt in history.attempts(run)] == ["a test"]
     lines = [record.getMessage() for record in caplog.records]

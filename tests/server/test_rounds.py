@@ -82,7 +82,7 @@ class Federation:
 
     def play(self, observer=None, app_of=None, nodes=None):
         os.environ["MOONFLOWER_HOME"] = str(self.home)
-        files = prepare.site_files(self.run)
+        files = prepare.nodes(self.run)
         honest = client.app.build(client.app.site_from_context, fixed)
         grid = InProcessGrid(
             (app_of or (lambda inner: inner))(honest), files if nodes is None else {n: files[n] for n in nodes}
@@ -232,7 +232,7 @@ class Kill(Log):
             os.kill(os.getpid(), signal.SIGKILL)
 
 fixed = lambda name: Keystream(hashlib.sha256(name.partition("/")[2].encode()).digest())
-grid = InProcessGrid(client.app.build(client.app.site_from_context, fixed), prepare.site_files({killed.run!r}))
+grid = InProcessGrid(client.app.build(client.app.site_from_context, fixed), prepare.nodes({killed.run!r}))
 with History.open({f"sqlite:///{killed.home / 'history.db'}"!r}) as history:
     rounds.run(job.load(prepare.run_folder({killed.run!r})), grid, history, Kill(), engine="in-process")
 """,
@@ -618,7 +618,7 @@ def test_a_site_whose_account_is_new_is_warned_of_and_takes_part_but_a_simulated
     federation.history.saw_ledgers([old, Ledger("0b" * 16, "south", "tiny.south", 40, True, federation.run)])
     found = job.load(prepare.run_folder(federation.run))
     assert found.simulated
-    grid = InProcessGrid(client.app.build(client.app.site_from_context, fixed), prepare.site_files(federation.run))
+    grid = InProcessGrid(client.app.build(client.app.site_from_context, fixed), prepare.nodes(federation.run))
     rounds.run(replace(found, simulated=False), grid, federation.history, Log(), engine="flower")
     (warning,) = warnings_of(federation)
     assert "site north keeps dataset tiny.north in another account than before (0a0a0a0a, 40 events; now " in warning

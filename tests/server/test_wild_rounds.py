@@ -67,7 +67,7 @@ class Run:
     def grid(self, change=lambda *_: None, nodes=None, **settings):
         """Give the sites' nodes; `change(type, node, round, honest reply)` gives what is sent instead, or None."""
         os.environ["MOONFLOWER_HOME"] = str(self.home)
-        files = prepare.site_files(self.run)
+        files = prepare.nodes(self.run)
         honest = client.app.build(client.app.site_from_context, fixed)
 
         def answer(message: Message, context: Context) -> Message:

@@ -59,7 +59,7 @@ def as_parquet(place: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def sites_of(run: str) -> list[Site]:
-    return [site.load(Path(str(node["site"]))) for node in prepare.site_files(run).values()]
+    return [site.load(Path(str(node["site"]))) for node in prepare.nodes(run).values()]
 
 
 @pytest.mark.parametrize("write", [as_csv, as_parquet])

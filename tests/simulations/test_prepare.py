@@ -41,7 +41,7 @@ def test_a_run_is_laid_out_as_its_coordinator_and_its_sites_see_it(history, tiny
 
 def test_each_site_has_its_own_data_policy_ledger_and_split(history, tiny_scenario):
     run = prepare.prepare(scenario.load(str(tiny_scenario), {}), history)
-    nodes = prepare.site_files(run)
+    nodes = prepare.nodes(run)
     assert list(nodes) == [1, 2, 3]
     sites = [site.load(prepare.Path(str(node["site"]))) for node in nodes.values()]
     assert [own.name for own in sites] == ["north", "south", "west"]
@@ -64,7 +64,7 @@ def test_the_split_rests_on_its_own_seed_and_not_on_the_runs(history, tiny_scena
 
 def test_sites_allow_no_privacy_only_where_the_scenario_asks_for_none(history, tiny_scenario):
     run = prepare.prepare(scenario.load(str(tiny_scenario), {"privacy.epsilon": float("inf")}), history)
-    sites = [site.load(prepare.Path(str(node["site"]))) for node in prepare.site_files(run).values()]
+    sites = [site.load(prepare.Path(str(node["site"]))) for node in prepare.nodes(run).values()]
     assert all(own.privacy.allow_non_private for own in sites)
     assert history.run(run).private is False
 
@@ -72,7 +72,7 @@ def test_sites_allow_no_privacy_only_where_the_scenario_asks_for_none(history, t
 def test_sites_allow_the_runs_own_model_unless_the_scenario_names_others(history, tiny_scenario):
     read = scenario.load(str(tiny_scenario), {})
     run = prepare.prepare(read, history)
-    sites = [site.load(prepare.Path(str(node["site"]))) for node in prepare.site_files(run).values()]
+    sites = [site.load(prepare.Path(str(node["site"]))) for node in prepare.nodes(run).values()]
     assert {own.privacy.models for own in sites} == {(read.model.name,)}
     for models in ([], ["pypi:*"]):
         other = scenario.load(str(tiny_scenario), {"policy.max_epsilon": 20.0, "policy.models": models})
@@ -102,7 +102,7 @@ def test_a_text_with_any_character_is_one_record(history, tiny_scenario, tmp_pat
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     read = scenario.load(str(folder / "tiny.toml"), {})
     run = prepare.prepare(read, history)
-    north = site.load(prepare.Path(str(prepare.site_files(run)[1]["site"])))
+    north = site.load(prepare.Path(str(prepare.nodes(run)[1]["site"])))
     task = tasks.of(read)
     found = list(data.read(north.dataset, task))
     assert len(found) == 60

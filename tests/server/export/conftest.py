@@ -133,7 +133,7 @@ def train(tiny_scenario: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             patch.setenv("MOONFLOWER_HOME", str(home))
             run = prepare.prepare(scenario.load(str(tiny_scenario), asked), history)
             if play:
-                grid = InProcessGrid(client.app.build(client.app.site_from_context), prepare.site_files(run))
+                grid = InProcessGrid(client.app.build(client.app.site_from_context), prepare.nodes(run))
                 rounds.run(job.load(prepare.run_folder(run)), grid, history, Log(), engine="in-process")
         return Trained(run, home, history)
 

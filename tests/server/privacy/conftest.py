@@ -48,7 +48,7 @@ class Played:
             app = app_of(client.app.build(client.app.site_from_context))
             found = job.load(prepare.run_folder(self.run))
             with History.open(self.url) as history:
-                grid = InProcessGrid(app, prepare.site_files(self.run))
+                grid = InProcessGrid(app, prepare.nodes(self.run))
                 rounds.run(found, grid, history, observer or Log(), engine="in-process")
 
     def play_losing(self, *lost: tuple[str, str, int]) -> None:

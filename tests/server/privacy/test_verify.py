@@ -219,7 +219,7 @@ class Kill(Log):
         if (number, kind, site) == (2, "train", "south"):
             os.kill(os.getpid(), signal.SIGKILL)
 
-grid = InProcessGrid(client.app.build(client.app.site_from_context), prepare.site_files({begun.run!r}))
+grid = InProcessGrid(client.app.build(client.app.site_from_context), prepare.nodes({begun.run!r}))
 with History.open({begun.url!r}) as history:
     rounds.run(job.load(prepare.run_folder({begun.run!r})), grid, history, Kill(), engine="in-process")
 """,
