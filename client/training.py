@@ -2,7 +2,10 @@
 
 Each step draws its records by Poisson sampling at the plan's public rate, sums their clipped gradients,
 adds noise, divides by the public expected batch, and moves the arrays. What comes out is the output of
-`steps` Gaussian mechanisms and nothing else of the data.
+`steps` Gaussian mechanisms and nothing else of the data. Where a phase is `proximal`, each step is pulled back towards the
+arrays that the round began with (FedProx: Li et al. 2020, "Federated optimization in heterogeneous networks"). That term is
+a function of the earlier steps' noised sums: it is added after clipping and noise, and changes neither the sensitivity nor
+the cost. Inside the loss it would be a part of every record's gradient, and the clipping would shorten the records' own.
 """
 
 import logging
@@ -273,6 +276,7 @@ def train(
                 gradients.use(resident.probed[kind])
             whole = whole or gradients.method == "hooks"
         dropped = 0
+        began = {name: value.detach().clone() for name, value in parameters.items()} if phase.proximal else {}
         for _ in range(steps.steps_per_round):
             total = _running_sum(gradients, clipping, noisy, objective.scale)
             drawn = [
@@ -285,6 +289,8 @@ def train(
             with torch.no_grad():
                 for parameter, summed in total.sums().items():  # which nobody reads again: it may be changed in place
                     step = noisy.noised(summed, steps.noise_multiplier)
+                    if phase.proximal:  # of what earlier steps released alone: added now, it costs nothing
+                        step.add_(parameters[parameter] - began[parameter], alpha=phase.proximal * steps.divisor)
                     if phase.momentum:
                         held = velocity.get(parameter)
                         step = velocity[parameter] = step if held is None else held.mul_(phase.momentum).add_(step)

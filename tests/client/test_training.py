@@ -12,6 +12,7 @@ import torch
 from scipy.stats import chi2
 
 from client import data
+from client.privacy.noise import Continuous
 from client.privacy.randomness import Keystream
 from client.site import split_key
 from shared import models
@@ -196,6 +197,70 @@ def test_a_run_that_promises_nothing_may_leave_gradients_unclipped(new_desk: Des
     assert set(moved) == set(reply.update)
     assert all(np.allclose(reply.update[name], value, atol=2e-6) for name, value in moved.items())
     assert reply.gradients == "summed"
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_a_proximal_phase_is_fedprox_on_the_mean_gradient(new_desk: Desks, momentum: float) -> None:
+    """Li et al. 2020, equation 2: gradient steps on the loss plus mu/2 times the squared distance from the start."""
+    phase = {"local_steps": 3, "learning_rate": 0.2, "momentum": momentum, "proximal": 2.0, "clipping_norm": 1e-3}
+    config = {
+        "model": {"trainable": "full"},
+        "training": ONCE | phase,
+        "privacy": {"epsilon": float("inf"), "clipping": "none"},
+    }
+    desk = new_desk(config=config, **OPEN)
+    reply = desk.train()
+    model, examples = models.load(desk.config), desk.resident.parts(desk.site, desk.config).train
+    parameters = {name: value for name, value in model.module.named_parameters() if name in model.trainable}
+    began = {name: value.detach().clone() for name, value in parameters.items()}
+    torchs = torch.optim.SGD(parameters.values(), lr=0.2, momentum=momentum)
+    for _ in range(3):
+        torchs.zero_grad()
+        total = torch.zeros(())
+        for tokens, label in zip(kept.tokens(examples), kept.labels(examples), strict=True):
+            ids = torch.tensor([tokens])
+            logits = model.module(input_ids=ids, attention_mask=torch.ones_like(ids))
+            total = total + torch.nn.functional.cross_entropy(logits, torch.tensor([label]))
+        away = sum((value - began[name]).square().sum() for name, value in parameters.items())
+        (total / 80 + 2.0 / 2 * away).backward()
+        torchs.step()
+    for name, value in parameters.items():
+        assert np.allclose(reply.update[name], (value - began[name]).detach().numpy(), atol=3e-6)
+
+
+def test_a_proximal_phase_noises_and_charges_the_same_sums_of_clipped_records(
+    new_desk: Desks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pull is tens of clipping norms long here, and none of it is in what the noise is made for."""
+    phase = {"rounds": 3, "sampling_rate": 0.05, "local_steps": 4, "clipping_norm": 1e-3}
+    sums: list[float] = []
+    noised = Continuous.noised
+
+    def seen(self: Continuous, total: torch.Tensor, multiplier: float) -> torch.Tensor:
+        sums.append(float(total.square().sum()))
+        return noised(self, total, multiplier)
+
+    monkeypatch.setattr(Continuous, "noised", seen)
+    told, spies, moved = [], [], []
+    for proximal in (0.0, 0.9):
+        sums.clear()
+        config = {"model": {"trainable": "full"}, "training": phase | {"proximal": proximal}}
+        desk = new_desk(
+            name=f"proximal-{proximal}", config=config, randomness=lambda _: spies.append(Spy()) or spies[-1]
+        )
+        reply = desk.train()
+        parts = len(reply.update)
+        steps = np.sqrt(np.array(sums).reshape(reply.steps, parts).sum(axis=1))
+        drawn = [len(sample) for _, _, sample in spies[-1].samples]
+        assert max(drawn) > 0
+        assert all(norm <= 1e-3 * count for norm, count in zip(steps, drawn, strict=True))
+        told.append((reply.noise_multiplier, reply.sampling_rate, reply.steps, reply.epsilon, reply.mechanism))
+        moved.append(float(np.linalg.norm(flat(reply.update))))
+    assert told[0] == told[1]
+    assert spies[0].samples == spies[1].samples
+    assert all(np.array_equal(*pair) for pair in zip(spies[0].noise, spies[1].noise, strict=True))
+    assert moved[1] < 0.7 * moved[0]  # and yet it pulls
+    assert moved[0] > 10 * 1e-3
 
 
 @pytest.mark.parametrize("trainable", ["lora", "full", "bias", "head"])
