@@ -30,7 +30,10 @@ RUN_COLUMNS = [
     *("sweep", "cell"),
 ]
 SWEEP_COLUMNS = ["sweep", "name", "runs", "completed", "created_at", "version"]
-ROUND_COLUMNS = ["round", "attempt", "phase", "started_at", "seconds", "simulated_seconds", "checkpoint", "bytes"]
+ROUND_COLUMNS = [
+    *("round", "attempt", "phase", "started_at", "seconds", "simulated_seconds"),
+    *("checkpoint", "bytes", "bytes_up", "bytes_down"),
+]
 
 _database = click.option(
     "--database",
@@ -118,12 +121,15 @@ def sweeps(database: str, style: Format, limit: int) -> None:
 def rounds(run_id: str, round_number: int | None, database: str, style: Format, limit: int) -> None:
     """List a run's committed rounds and their checkpoints.
 
+    `bytes` is the checkpoint's size; `bytes_up` came from the sites in the round, and `bytes_down` went to them.
+
     Example: moonflower history rounds last --format csv
     """
     with _open(database) as store:
         run = find_run(store, run_id)
         found = store.rounds(run.id, round_number=round_number, limit=_one_more(limit))
-    rows = [{"round": each.number, **vars(each), **_checkpoint(each)} for each in found]
+        moved = store.traffic(run.id)
+    rows = [{"round": each.number, **vars(each), **_checkpoint(each), **_moved(moved, each)} for each in found]
     timed = style != "table" or any(each.simulated_seconds is not None for each in found)
     columns = [name for name in ROUND_COLUMNS if timed or name != "simulated_seconds"]
     _print(run, "rounds", columns, rows, style, limit)
@@ -284,6 +290,11 @@ def _print_parts(
 
 def _checkpoint(round: Round) -> Row:
     return {"checkpoint": round.checkpoint.digest, "bytes": round.checkpoint.bytes}
+
+
+def _moved(traffic: dict[int, tuple[int, int]], round: Round) -> Row:
+    up, down = traffic.get(round.number, (0, 0))
+    return {"bytes_up": up, "bytes_down": down}
 
 
 def _print(run: Run, what: str, columns: list[str], rows: list[Row], style: Format, limit: int) -> None:

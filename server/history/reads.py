@@ -105,6 +105,14 @@ def rounds(session: Session, run_id: str, number: int | None, limit: int | None)
     ]
 
 
+def traffic(session: Session, run_id: str) -> dict[int, tuple[int, int]]:
+    """Sum each round's bytes over its sites: from them, and to them."""
+    sums = func.sum(ParticipationRow.bytes_up), func.sum(ParticipationRow.bytes_down)
+    query = select(RoundRow.number, *sums).join(ParticipationRow, ParticipationRow.round_id == RoundRow.id)
+    query = query.where(RoundRow.run_id == run_id).group_by(RoundRow.number)
+    return {number: (int(up), int(down)) for number, up, down in session.execute(query)}  # PostgreSQL's are decimals
+
+
 @dataclass(frozen=True)
 class Where:
     """Which parts of a run's rounds are asked for; None leaves a filter or the limit out."""

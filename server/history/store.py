@@ -220,6 +220,11 @@ class History:
         with self._session() as session:
             return reads.rounds(session, reads.resolve(session, run_id), round_number, limit)
 
+    def traffic(self, run_id: str) -> dict[int, tuple[int, int]]:
+        """Give the bytes of each round that anybody took part in, by its number: from the sites, and to them."""
+        with self._session() as session:
+            return reads.traffic(session, reads.resolve(session, run_id))
+
     def participations(
         self,
         run_id: str,

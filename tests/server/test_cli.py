@@ -117,6 +117,17 @@ def test_site_and_round_choose_rows(url):
     assert {row["round"] for row in rows("rounds", "lungs-1", "--round", "3", url=url)} == {3}
 
 
+def test_a_round_says_what_came_from_its_sites_and_what_went_to_them(url, new_run, new_round):
+    parts = new_round(1).participations
+    up, down = sum(part.bytes_up for part in parts), sum(part.bytes_down for part in parts)
+    assert [(row["bytes_up"], row["bytes_down"]) for row in rows("rounds", "lungs-1", url=url)] == [(up, down)] * 3
+    with History.open(url) as store:
+        store.commit_round(replace(new_round(4), participations=()))
+    (row,) = rows("rounds", "lungs-1", "--round", "4", url=url)
+    assert (row["bytes_up"], row["bytes_down"]) == (0, 0)
+    assert str(up) in said(history, "rounds", "lungs-1", url=url)
+
+
 def test_a_limit_keeps_the_newest_rows_and_says_that_it_did(url):
     result = call(history, "metrics", "lungs-1", "--limit", "4", "--format", "json", url=url)
     assert [row["round"] for row in json.loads(result.stdout)] == [2, 3, 3, 3]

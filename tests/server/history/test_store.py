@@ -65,6 +65,16 @@ def test_parts_come_with_their_round_and_obey_site_round_and_limit(history, new_
     assert read("lungs-1", site="nobody") == []
 
 
+def test_the_bytes_of_a_round_are_summed_over_its_sites(history, new_run, new_round):
+    new_run(history), new_run(history, "other")
+    history.commit_round(new_round(1)), history.commit_round(new_round(2))
+    history.commit_round(replace(new_round(1, run="other"), participations=()))
+    parts = new_round(1).participations
+    each = sum(part.bytes_up for part in parts), sum(part.bytes_down for part in parts)
+    assert history.traffic("lungs-1") == {1: each, 2: each}
+    assert history.traffic("other") == {}
+
+
 def test_runs_keep_their_rounds_apart(history, new_run, new_round):
     new_run(history, "one")
     new_run(history, "two")
