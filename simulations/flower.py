@@ -192,7 +192,7 @@ def _simulation(
         command += ["--isolation", "process", "--superexec-auth-secret-file", str(secret_file)]
         link = Child("flower-superlink", command, own, on_line=_to(log), mark=f"{mark}#superlink")
         stack.callback(link.stop, GRACE)
-        flower = Flower(address, None, secret)
+        flower = Flower(address, None, secret, client="simulations.nodes:app")
         stack.callback(flower.close)  # before the SuperLink's end, which waits for its connections
         _wait_for(link, flower, state / LOG)
         needs = SimulationConfig(
