@@ -1,0 +1,1 @@
+"""Studies: one scenario under many settings and seeds, a run each, in processes of their own."""
