@@ -33,15 +33,19 @@ def test_the_order_of_arrival_changes_no_bit(data, unit):
     assert {name: array.tobytes() for name, array in one.items()} == {n: a.tobytes() for n, a in other.items()}
 
 
-def test_the_order_changes_no_bit_where_updates_cancel_and_only_roundings_would_be_left():
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_order_changes_no_bit_where_updates_cancel_and_only_roundings_would_be_left(weighted):
     random = np.random.default_rng(5)
-    updates = [random.normal(0, 1, 20_000).astype(np.float32) for _ in range(6)]
+    updates = [
+        (random.normal(0, 1, 20_000) * 2.0 ** random.uniform(-40, 10, 20_000)).astype(np.float32) for _ in range(6)
+    ]
     updates += [-update for update in updates]
-    weights = [*random.uniform(0.1, 1, 6)] * 2
+    weights = [*random.uniform(0.1, 1, 6)] * 2 if weighted else [1.0] * 12
     order = random.permutation(12)
     one = folded([{"a": update} for update in updates], weights, 1.0)["a"]
     other = folded([{"a": updates[i]} for i in order], [weights[i] for i in order], 1.0)["a"]
     assert one.tobytes() == other.tobytes()
+    assert not one.any()
 
 
 @pytest.mark.parametrize("unit", UNITS)
