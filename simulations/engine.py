@@ -12,7 +12,7 @@ from server.history.records import Kind, Outcome, Round, Run
 from server.history.store import History
 from server.observer import Observer
 from shared.messages import JoinReply
-from simulations import nodes, prepare
+from simulations import nodes, prepare, timing
 from simulations.grid import InProcessGrid
 from simulations.progress import Live
 
@@ -65,7 +65,7 @@ def play(run: str, database: str, console: Console | None, workers: int = 1) -> 
         run_config={"run": str(prepare.run_folder(run)), "database": database, "engine": "in-process"},
     )
     with grid_of(run, workers) as grid, watching:
-        server.app.build(observer)(grid, context)
+        server.app.build(observer)(timing.around(run, grid, database, workers), context)
     with History.open(database) as history:
         return history.run(run)
 

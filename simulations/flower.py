@@ -32,7 +32,7 @@ from shared.certificates import write_key
 from shared.errors import ConfigError, MachineError, RunFailedError
 from shared.paths import home
 from shared.processes import Child
-from simulations import cluster, prepare
+from simulations import cluster, prepare, timing
 from simulations.following import Follower
 from simulations.progress import Live
 from simulations.reaper import reaping
@@ -114,6 +114,10 @@ def play(run: str, database: str, console: Console | None, resources: Resources)
     RunFailedError
         Where it cannot go on; it can be resumed, by this engine or in process.
     """
+    if timing.dynamics(run) is not None:
+        raise ConfigError(
+            "[dynamics] simulates the sites' time, and --engine flower does not; leave out the one or the other."
+        )
     folder, sites = prepare.run_folder(run), len(prepare.nodes(run))
     planned = job.load(folder)
     resources.check_device(planned.device)

@@ -78,9 +78,10 @@ def prepare(scenario: Scenario, history: History, device: str = "auto", *, trial
             "run": run,
             "sites": layout.sites,
             "device": device,
-            "simulated": True,
             "config": config.as_dict(),
         }
+        if scenario.dynamics is not None:
+            described["dynamics"] = scenario.dynamics.model_dump(mode="json")
         (folder / RUN_FILE).write_text(json.dumps(described, indent=1), encoding="utf-8")
         history.create_run(
             run,

@@ -14,6 +14,7 @@ from client.site import Name
 from shared.errors import ConfigError
 from shared.records import Layout
 from shared.run_config import RunConfig, Section, parse, read_toml
+from simulations.dynamics import Dynamics
 from simulations.partition import Partition
 
 DEFAULT = "vader"
@@ -76,6 +77,7 @@ class Scenario(RunConfig):
     policy: Policy = Policy(max_epsilon=20.0)
     sites: tuple[VirtualSite, ...] = Field((), strict=False)
     partition: Partition | None = None
+    dynamics: Dynamics | None = None
 
     @model_validator(mode="after")
     def _sites_come_from_one_place(self) -> Self:
@@ -102,8 +104,10 @@ class Scenario(RunConfig):
                     f"sites: {site.name!r} declares its size as {size}=N, because data.unit_column={self.data.unit_column!r}"
                 )
         number = len(names) if self.partition is None else self.partition.sites
-        if number is not None and self.federation.min_sites > number:
-            raise ValueError(f"federation.min_sites={self.federation.min_sites} is above the {number} sites")
+        for name in ("min_sites", "buffer_size"):
+            least = getattr(self.federation, name) or 0
+            if number is not None and least > number:
+                raise ValueError(f"federation.{name}={least} is above the {number} sites")
         return self
 
     def run_config(self) -> RunConfig:
