@@ -11,6 +11,8 @@ from shared.interrupts import raise_dropped_interrupts
 
 COMMANDS = {
     "simulate": "simulations.cli:simulate",
+    "partition": "simulations.partition_cli:partition",
+    "sweep": "simulations.sweeps.cli:sweep",
     "provision": "server.provision.cli:provision",
     "server": "server.daemon.cli:server",
     "client": "client.node.cli:client",
@@ -27,6 +29,8 @@ COMMANDS = {
 }
 HELP = {
     "simulate": "Fine-tune across virtual sites on this machine.",
+    "partition": "Show what each of a scenario's sites holds.",
+    "sweep": "Simulate under many settings and seeds, and compare.",
     "provision": "Make the kits of a federation: certificates, keys, tokens, configuration.",
     "server": "Start and check the coordinator's daemon.",
     "client": "Start and check a site's node.",

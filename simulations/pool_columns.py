@@ -4,7 +4,7 @@ A row is a number here: the place, from 0, at which `shared.records.each` yields
 kept that a partition looks at; texts, images and sounds are passed over.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,18 @@ def rows(scenario: Scenario) -> Iterator[Row]:
         return
     held, _ = vader.split(vader.sentences())
     for domain, sentences in held.items():
-        for sentence in sentences:
-            row = {"id": sentence.id, "text": sentence.text, "label": sentence.label}
-            yield f"the vader data, {sentence.id}", row | {"domain": domain, "document": sentence.document}
+        yield from domain_rows(domain, sentences)
 
 
-def path(scenario: Scenario) -> Path:
-    """Return the file or folder of a folder's pool.
+def domain_rows(domain: str, sentences: Iterable[vader.Sentence]) -> Iterator[Row]:
+    """Yield the rows of one domain of the built-in data."""
+    for sentence in sentences:
+        row = {"id": sentence.id, "text": sentence.text, "label": sentence.label}
+        yield f"the vader data, {sentence.id}", row | {"domain": domain, "document": sentence.document}
+
+
+def path(scenario: Scenario, name: str = POOL) -> Path:
+    """Return the file or folder of a folder's pool, or of one site.
 
     Raises
     ------
@@ -50,41 +55,54 @@ def path(scenario: Scenario) -> Path:
         Where there is none, or two.
     """
     folder = scenario.data.folder or Path()
-    found = [place for place in (folder / POOL, *(folder / f"{POOL}{suffix}" for suffix in FORMATS)) if place.exists()]
+    found = [place for place in (folder / name, *(folder / f"{name}{suffix}" for suffix in FORMATS)) if place.exists()]
     if len(found) > 1:
         raise DataError(f"{found[0]} and {found[1]} are both there; keep one.")
-    if not found:
+    if not found and name == POOL:
         raise DataError(
             f"{folder} holds no pool; with [partition], data.folder needs one pool.jsonl, .csv, .parquet or .arrow, or a "
             "folder pool."
         )
+    if not found:
+        raise DataError(f"{folder} holds no records of {name!r}; data.folder needs them for each site.")
     return found[0]
 
 
-def read(scenario: Scenario) -> dict[str, list[str]]:
+def read(scenario: Scenario, wished: Collection[str] = ()) -> dict[str, list[str]]:
     """Return the columns that the scenario's partition looks at, by the names that it has for them, as text.
+
+    Parameters
+    ----------
+    wished
+        More columns, which are left out where a row lacks one or holds what is no name in it.
 
     Raises
     ------
     DataError
         Naming the row in which a column is missing, or holds what is no name.
     """
-    if scenario.partition is None:
-        raise ValueError("the scenario has no partition")
-    wanted = [ID, *filter(None, (scenario.partition.by, scenario.data.unit_column))]
-    return columns(scenario, wanted, rows(scenario))
+    by = None if scenario.partition is None else scenario.partition.by
+    return columns(scenario, [ID, *filter(None, (by, scenario.data.unit_column))], rows(scenario), wished)
 
 
-def columns(scenario: Scenario, wanted: list[str], found: Iterator[Row]) -> dict[str, list[str]]:
-    """Return columns of rows: `wanted` are roles of the task, or names in the file."""
+def columns(
+    scenario: Scenario, needed: Collection[str], found: Iterator[Row], wished: Collection[str] = ()
+) -> dict[str, list[str]]:
+    """Return columns of rows, as `read` does: they are called as roles of the task, or as in the file."""
     layout = scenario.data.layout()
-    named = {name: layout.column(name) for name in wanted}
-    held: dict[str, list[str]] = {name: [] for name in wanted}
+    named = {name: layout.column(name) for name in (*needed, *wished)}
+    held: dict[str, list[str]] = {name: [] for name in named}
     for where, row in found:
-        for name, column in named.items():
-            value = _name(row, column, where)
-            renamed = column == layout.column(LABEL)
-            held[name].append(layout.label_names.get(value, value) if renamed else value)
+        for name in list(held):
+            column = named[name]
+            try:
+                value = _name(row, column, where)
+            except DataError:
+                if name in needed:
+                    raise
+                del held[name]
+                continue
+            held[name].append(layout.label_names.get(value, value) if column == layout.column(LABEL) else value)
     return held
 
 
@@ -96,4 +114,4 @@ def _name(row: dict[str, Any], column: str, where: str) -> str:
     try:
         return record_kinds.name(str(value).lower() if isinstance(value, bool) else value)
     except Fault as fault:
-        raise DataError(f"{where}: {column!r} {fault}, and sites are made by it; take another column.") from None
+        raise DataError(f"{where}: {column!r} {fault}, and sites are told apart by it; take another column.") from None
