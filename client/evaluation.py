@@ -41,13 +41,13 @@ def evaluate(
 ) -> Arrays:
     """Return {"counts": task.cells}, noised, float32."""
     model = resident.model(config, site.device)
-    arrays.write(model.module, request.arrays)
+    arrays.write(model.parameters, request.arrays)
     examples = resident.parts(site, config).validation
     held = None
     if model.task.features:
         held = resident.features(site, "validation", examples, config, request.arrays)
     else:
-        _probe(resident, model, config)
+        _probe(resident, model, config, request.arrays_digest)
     total = np.zeros(int(np.prod(model.task.cells)), dtype=np.int64)
     shares = _shares(examples)
     for records, measured, _ in outcomes(model, examples, config.hardware, held):
@@ -57,7 +57,7 @@ def evaluate(
     return {"counts": noised.reshape(model.task.cells).numpy()}
 
 
-def _probe(resident: Resident, model: LoadedModel, config: RunConfig) -> None:
+def _probe(resident: Resident, model: LoadedModel, config: RunConfig, arrays: str) -> None:
     """Refuse a network that scores a record by its neighbours too; in full at a process's first, then a batch by lot.
 
     Where features are kept, they are probed as they are made.
@@ -68,11 +68,14 @@ def _probe(resident: Resident, model: LoadedModel, config: RunConfig) -> None:
         Where they differ.
     """
     kind = f"evaluation {config.hardware.precision} {config.privacy.records_per_unit}"
+    if not resident.probe_is_due(kind, arrays):
+        return
     made = EncoderPass(model, made_up.examples(model), config)
     together, alone = made.made_up(only_one_batch=kind in resident.scored)
     with torch.no_grad():
         probe.check_losses([batch for _, batch in together], alone)
     resident.scored.add(kind)
+    resident.probed_from = f"{kind} {arrays}"
 
 
 def _shares(examples: Examples) -> npt.NDArray[np.int64]:

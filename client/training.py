@@ -240,9 +240,9 @@ def train(
     name, phase, _ = config.place(request.round)
     steps = plan.phases[name]
     model = resident.model(config, site.device)
-    arrays.write(model.module, request.arrays)
+    arrays.write(model.parameters, request.arrays)
     trained = model.names(name)
-    parameters = train_only(model.module, trained)
+    parameters = train_only(model.parameters, trained)
     examples = resident.parts(site, config).train
     if model.cached(trained):
         features = resident.features(site, "train", examples, config, request.arrays)
@@ -270,7 +270,8 @@ def train(
             how = f"{config.hardware!r} {config.loss!r} {bool(request.weights)} {config.augmentation!r}"
             kind = f"{trained} {how} {whole} {config.privacy.records_per_unit}"
             if resident.probe_is_due(kind, request.arrays_digest):
-                _probe(resident, objective, gradients, kind, whole=whole)
+                with probe.awake(parameters):
+                    _probe(resident, objective, gradients, kind, whole=whole)
                 resident.probed_from = f"{kind} {request.arrays_digest}"
             else:
                 gradients.use(resident.probed[kind])
@@ -297,7 +298,7 @@ def train(
                     parameters[parameter].sub_(step, alpha=phase.learning_rate / steps.divisor)
     if dropped:
         log.warning("%d records of round %d counted as zero: their gradients are not finite", dropped, request.round)
-    update = arrays.difference(arrays.read(model.module, trained), request.arrays)
+    update = arrays.difference(arrays.read(model.parameters, trained), request.arrays)
     private = steps.noise_multiplier > 0
     return Trained(
         update,

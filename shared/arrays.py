@@ -13,28 +13,34 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from torch import nn
 
+    Parameters = nn.Module | Mapping[str, nn.Parameter]  # a walk through a network's modules, or one made before
+
 Arrays = dict[str, npt.NDArray[np.float32]]
 Packed = npt.NDArray[np.uint8]  # (bytes,): a site's update, as `shared.compression` packs it
 Update = Arrays | Packed  # a site's, as it travels
 
 
-def read(module: "nn.Module", names: Iterable[str]) -> Arrays:
-    """Copy the named parameters out of `module`, float32, in the order of `names`."""
+def read(source: "Parameters", names: Iterable[str]) -> Arrays:
+    """Copy the named parameters out of a module, float32, in the order of `names`."""
     import torch
 
-    parameters = dict(module.named_parameters())
+    parameters = _named(source)
     return {name: parameters[name].detach().to("cpu", torch.float32).numpy().copy() for name in names}
 
 
-def write(module: "nn.Module", arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
-    """Set the parameters that `arrays` names, each of the same shape, and leave the others."""
+def write(target: "Parameters", arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    """Set a module's parameters that `arrays` names, each of the same shape, and leave the others."""
     import torch
 
-    parameters = dict(module.named_parameters())
+    parameters = _named(target)
     with torch.no_grad():
         for name, array in arrays.items():
             own = array if array.flags.writeable else array.copy()  # torch warns of what a message holds
             parameters[name].copy_(torch.from_numpy(own))
+
+
+def _named(source: "Parameters") -> Mapping[str, "nn.Parameter"]:
+    return source if isinstance(source, Mapping) else dict(source.named_parameters())
 
 
 def difference(after: Arrays, before: Arrays) -> Arrays:

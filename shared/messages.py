@@ -36,6 +36,8 @@ UNITS = ("record", "person")
 LEDGER_ID, LEDGER_HEAD = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
 FLAT, SHAPES = "flat", ".shapes"  # how a field of arrays is called in a record
 PACKED = "packed"  # how it is where it travels as `shared.compression` packs it
+MAGIC = b"moonflower reply 1\n"  # how a kept reply begins
+ALIGNED = 64  # bytes that the place of its first array is a multiple of
 MOST_DIMENSIONS = 16
 NPY_HEADER = 128  # bytes of numpy's header of an array of one dimension, in which Flower's arrays travel
 MOST_SHAPES = 2**20  # characters: of names and shapes; a model of 10,000 arrays has fewer
@@ -342,7 +344,7 @@ def request_digest(request: TrainRequest | EvaluateRequest) -> str:
 def to_bytes(message: Any) -> bytes:
     """Serialise a reply to keep it: what a retry resends."""
     values: dict[str, Any] = {"message": type(message).__name__}
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, npt.NDArray[Any]] = {}
     for item in fields(message):
         value = getattr(message, item.name)
         if isinstance(value, dict):
@@ -351,27 +353,55 @@ def to_bytes(message: Any) -> bytes:
             arrays[item.name] = value
         else:
             values[item.name] = value
-    buffer = io.BytesIO()
-    np.savez(buffer, values=np.array(json.dumps(values)), **arrays)
-    return buffer.getvalue()
+    described = [[name, array.dtype.str, array.shape] for name, array in arrays.items()]
+    head = json.dumps([values, described]).encode()
+    head += b" " * (-(len(MAGIC) + 8 + len(head)) % ALIGNED)
+    flat = (np.ravel(array).view(np.uint8).data for array in arrays.values())
+    return b"".join([MAGIC, len(head).to_bytes(8, "little"), head, *flat])
 
 
 def from_bytes(data: bytes, *kinds: type[M]) -> M:
-    """Read what `to_bytes` wrote."""
-    with np.load(io.BytesIO(data), allow_pickle=False) as kept:
-        arguments: dict[str, Any] = json.loads(str(kept["values"]))
-        for key in kept.files:
-            item, slash, name = key.partition("/")
-            if slash:
-                arguments.setdefault(item, {})[name] = kept[key]
-            elif key != "values":
-                arguments[key] = kept[key]
+    """Read what `to_bytes` wrote, now or, as a numpy archive, in earlier versions; arrays are read where they lie.
+
+    Raises
+    ------
+    MessageError
+        Where it is cut short, or longer than it says.
+    """
+    arguments, arrays = _kept(data) if data.startswith(MAGIC) else _archived(data)
+    for key, array in arrays.items():
+        item, slash, name = key.partition("/")
+        if slash:
+            arguments.setdefault(item, {})[name] = array
+        else:
+            arguments[item] = array
     name = arguments.pop("message")
     kind = next(kind for kind in kinds if kind.__name__ == name)
     for item, hint in get_type_hints(kind).items():
         if hint in (Arrays, Update):
             arguments.setdefault(item, {})
     return kind(**arguments)
+
+
+def _kept(data: bytes) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    place = len(MAGIC) + 8
+    end = place + int.from_bytes(data[len(MAGIC) : place], "little")
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    try:
+        arguments, described = json.loads(data[place:end])
+        for name, kind, shape in described:
+            arrays[name] = np.frombuffer(data, np.dtype(kind), prod(shape), end).reshape(shape)
+            end += arrays[name].nbytes
+    except (ValueError, TypeError):
+        end = -1
+    if end != len(data):
+        raise MessageError("a kept reply is not as it was written.")
+    return arguments, arrays
+
+
+def _archived(data: bytes) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as kept:
+        return json.loads(str(kept["values"])), {key: kept[key] for key in kept.files if key != "values"}
 
 
 def size(message: Message) -> int:

@@ -10,7 +10,7 @@ guards here refuse what is known to break it.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -486,12 +486,14 @@ def _padding_rows(module: nn.Module, parameters: dict[str, nn.Parameter]) -> dic
     return found
 
 
-def train_only(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """Let the named parameters of `module`, and no others, have gradients; return them."""
+def train_only(module: nn.Module | Mapping[str, nn.Parameter], names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Let the named parameters of a module, and no others, have gradients; return them, in the module's order."""
     wanted = set(names)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in wanted)
-    return {name: parameter for name, parameter in module.named_parameters() if name in wanted}
+    every = module if isinstance(module, Mapping) else dict(module.named_parameters())
+    for name, parameter in every.items():
+        if parameter.requires_grad != (name in wanted):
+            parameter.requires_grad_(name in wanted)
+    return {name: parameter for name, parameter in every.items() if name in wanted}
 
 
 @contextmanager

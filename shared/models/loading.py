@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ SHORT = 512  # tokens up to which plain attention is quicker on a CPU than torch
 class LoadedModel:
     """A model ready to be trained: its module in train mode, and the names of what is trained and sent.
 
-    `exchanged` is `trainable` and, for LoRA, the frozen A: the coordinator chooses it, so no site has to
+    `exchanged` is `trainable` and, for LoRA, A where it is frozen: the coordinator chooses it, so no site has to
     repeat its random draw or its singular vectors to the bit. `head` are those of `trainable` that a phase of the head
     alone trains; where the task has no head, there are none.
     """
@@ -66,11 +67,16 @@ class LoadedModel:
 
     def arrays(self) -> Arrays:
         """Copy of the exchanged arrays."""
-        return read_arrays(self.module, self.exchanged)
+        return read_arrays(self.parameters, self.exchanged)
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters by name, looked up once: they stay the same objects, wherever they are moved."""
+        return dict(self.module.named_parameters())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the exchanged arrays."""
-        return {name: tuple(self.module.get_parameter(name).shape) for name in self.exchanged}
+        return {name: tuple(self.parameters[name].shape) for name in self.exchanged}
 
 
 def load(config: RunConfig) -> LoadedModel:

@@ -1,6 +1,8 @@
 """The one list of what crosses the network: every field marked, nothing else sent, nothing else read."""
 
 import inspect
+import io
+import json
 import math
 from dataclasses import fields, replace
 from typing import Any
@@ -160,15 +162,15 @@ def test_any_reply_survives_the_network_and_the_ledger(update: Any, number: int,
 
 
 def test_kept_bytes_hold_no_objects_that_could_run_code() -> None:
-    data = to_bytes(SAMPLES[4]).replace(b"float32", b"float32")
+    data = to_bytes(SAMPLES[4])
     with pytest.raises(ValueError, match="pickle"):
         from_bytes(pickled(), TrainReply)
     assert same(from_bytes(data, TrainReply), SAMPLES[4])
+    with pytest.raises(MessageError):
+        from_bytes(data.replace(b"<f4", b"|O8"), TrainReply)
 
 
 def pickled() -> bytes:
-    import io
-
     buffer = io.BytesIO()
     np.savez(buffer, values=np.array({"code": 1}, dtype=object))
     return buffer.getvalue()
@@ -286,3 +288,32 @@ def test_a_question_has_one_name_by_run_round_and_kind() -> None:
         messages.request_id(run, number, kind) for run in "ab" for number in (1, 11) for kind in ("train", "evaluate")
     }  # type: ignore[arg-type]
     assert len(named) == 8
+
+
+def test_a_reply_that_an_earlier_version_has_kept_is_read() -> None:
+    reply = next(sample for sample in SAMPLES if isinstance(sample, TrainReply))
+    values = {item.name: getattr(reply, item.name) for item in fields(reply) if item.name != "update"}
+    buffer = io.BytesIO()
+    held = {f"update/{name}": array for name, array in reply.update.items()}
+    np.savez(buffer, values=np.array(json.dumps({"message": "TrainReply", **values})), **held)
+    assert same(from_bytes(buffer.getvalue(), TrainReply), reply)
+
+
+@pytest.mark.parametrize("cut", [slice(0, -1), slice(0, 30), slice(0, 60)])
+def test_a_kept_reply_that_is_cut_short_is_refused(cut: slice) -> None:
+    data = to_bytes(PACKED)
+    with pytest.raises(MessageError, match="not as it was written"):
+        from_bytes(data[cut], TrainReply)
+    with pytest.raises(MessageError, match="not as it was written"):
+        from_bytes(data + b"x", TrainReply)
+
+
+def test_arrays_of_no_values_and_of_one_are_kept_as_they_are() -> None:
+    update = {
+        "none": np.zeros((0, 3), np.float32),
+        "one": np.array(2.5, np.float32),
+        "turned": np.ones((2, 3), np.float32).T,
+    }
+    kept = from_bytes(to_bytes(replace(PACKED, update=update)), TrainReply)
+    assert {name: array.shape for name, array in kept.update.items()} == {"none": (0, 3), "one": (), "turned": (3, 2)}
+    assert all(np.array_equal(kept.update[name], array) for name, array in update.items())
