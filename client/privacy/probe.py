@@ -9,18 +9,20 @@ the engine's hooks. A difference means that the engine's gradients are not per r
 that a real record could count for more than the clipping norm: nothing is released.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from client.privacy.engine import ClippedSum, Clipping, Gradients, Objective
+from client.privacy.randomness import Keystream
 from shared.errors import SensitivityError
 
 TOLERANCE = 1e-4  # relative; the sums are float32
 ROUNDING = 1e-2  # relative: the most that float32 may differ where double agrees
 SMALLEST = 1e-8  # of the largest norm: below it a gradient is nothing but rounding, in double too
+DRAWN = 1.0  # deviation of a made-up B's values: a smaller one leaves A too little of the gradient to be seen
 FLOOR = 1e-2  # of the whole gradient: a parameter with less is compared on this scale
 
 Together = Sequence[tuple[Sequence[int], Objective]]
@@ -125,6 +127,30 @@ def stateless(module: nn.Module) -> Iterator[None]:
             raise SensitivityError(
                 f"the model keeps state from one batch to the next (buffer {name!r}); use another model."
             )
+
+
+@contextmanager
+def awake(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Give an adapter's B made-up values meanwhile, where it is zero and A is trained beside it.
+
+    A run begins with B at zero, where A has no gradient: the probe would find nothing to compare, and the second step of
+    the round would release gradients that no probe has seen.
+    """
+    asleep = [
+        value
+        for name, value in parameters.items()
+        if ".lora_B." in name and name.replace(".lora_B.", ".lora_A.") in parameters and not value.any()
+    ]
+    with torch.no_grad():
+        for value in asleep:
+            drawn = torch.from_numpy(Keystream.from_system().normal(value.numel()))
+            value.copy_(DRAWN * drawn.reshape(value.shape))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for value in asleep:
+                value.zero_()
 
 
 def _compare(

@@ -58,26 +58,29 @@ def adapt(module: Network, model: Model, head: str | None) -> None:
             f"model.lora.targets={list(lora.targets)} (model.lora.layers={layers}) match no layer of {model.name}; its linear "
             f"layers are {linear}, and 'attention' or 'all-linear' stand for many."
         ) from None
-    if lora.init == "svd":
-        _listen(module, model)
+    if lora.init == "svd" or lora.train_a:
+        _fit(module, model)
 
 
 @torch.no_grad()
-def _listen(module: Network, model: Model) -> None:
-    """Give each A the leading right singular vectors of its frozen weight."""
+def _fit(module: Network, model: Model) -> None:
+    """Refuse a rank that a frozen weight has not; where `model.lora.init` says so, give A its leading right singular vectors."""
+    lora, instead = model.lora, "set model.lora.init='random'"
+    if lora.train_a:  # a product of a higher rank has no such factors
+        instead = "set model.lora.train_a=false and model.lora.init='random'"
     for name, part in module.named_modules():
         if not (name.endswith(".lora_A.default") and isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d)):
             continue
         base = module.get_submodule(name.partition(".lora_A.")[0] + ".base_layer")
         weight: Tensor = base.weight.t() if isinstance(base, Conv1D) else base.weight.flatten(1)  # type: ignore[operator]
-        rank, most = model.lora.rank, min(weight.shape)
-        if rank > most:
+        if lora.rank > (most := min(weight.shape)):
             raise ModelError(
-                f"model.lora.rank={rank} is above {most}, the smaller side of {name.partition('.lora_A.')[0]!r} in {model.name}, "
-                "which has no more singular vectors; lower it, or set model.lora.init='random'."
+                f"model.lora.rank={lora.rank} is above {most}, the smaller side of {name.partition('.lora_A.')[0]!r} in "
+                f"{model.name}, which has no more singular vectors; lower it, or {instead}."
             )
-        vectors = torch.linalg.svd(weight, full_matrices=False).Vh[:rank]
-        part.weight.copy_(vectors.reshape(part.weight.shape))
+        if lora.init == "svd":
+            vectors = torch.linalg.svd(weight, full_matrices=False).Vh[: lora.rank]
+            part.weight.copy_(vectors.reshape(part.weight.shape))
 
 
 def choose(module: Network, model: Model, head: str | None, run: places.Run) -> tuple[str, ...]:
@@ -92,7 +95,7 @@ def choose(module: Network, model: Model, head: str | None, run: places.Run) -> 
     """
     last = _last(module, model, run) if model.trainable == "last" else set()
     choices: dict[str, Callable[[str, nn.Parameter], bool]] = {
-        "lora": lambda name, _: ".lora_B." in name,
+        "lora": lambda name, _: ".lora_B." in name or (model.lora.train_a and ".lora_A." in name),
         "full": lambda *_: True,
         "head": lambda *_: False,
         "bias": lambda name, _: name.endswith(".bias"),
