@@ -18,6 +18,7 @@ from rich.text import Text
 from server.history.records import Run
 from server.history.store import History
 from server.listing import clean
+from server.report import words
 from simulations.sweeps.plan import Place, Plan
 from simulations.sweeps.playing import Sweeping, completed
 
@@ -49,7 +50,9 @@ class Watching:
 
     def __enter__(self) -> Self:
         left = self._runs - self._done
-        said = f"{self._sweep}: {self._runs} runs" + (f", {self._done} done already" if self._done else "")
+        said = f"{self._sweep}: {words.count(self._runs, 'run')}" + (
+            f", {self._done} done already" if self._done else ""
+        )
         self._console.print(Text(clean(said if left else f"{said}; nothing is left to run")), soft_wrap=True)
         self._progress.start()
         return self
