@@ -39,7 +39,6 @@ from simulations.reaper import reaping
 
 POLL = 0.2  # seconds between looks at the history
 STARTING = 180.0  # seconds that a SuperLink may take until it answers
-GRACE = 5.0  # seconds that a SuperLink gets to end by itself
 LINES = 200  # of the processes' last words that are searched for a reason
 FOLDER, LOG = "flower", "flower.log"
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -79,7 +78,7 @@ class Resources:
             )
         if self.cpus < 1:
             raise ConfigError(f"--cpus-per-site {self.cpus} is below 1.")
-        if not (0 <= self.gpus <= 1 or self.gpus == int(self.gpus) > 0):
+        if not (0 <= self.gpus <= 1 or (self.gpus > 1 and float(self.gpus).is_integer())):
             raise ConfigError(
                 f"--gpus-per-site {self.gpus:g} is neither a share from 0 to 1 nor a whole number of GPUs."
             )
@@ -195,7 +194,7 @@ def _simulation(
         command += ["--host", host, "--port", port]
         command += ["--isolation", "process", "--superexec-auth-secret-file", str(secret_file)]
         link = Child("flower-superlink", command, own, on_line=_to(log), mark=f"{mark}#superlink")
-        stack.callback(link.stop, GRACE)
+        stack.callback(link.stop, 0)  # nothing that it keeps is wanted again
         flower = Flower(address, None, secret, client="simulations.nodes:app")
         stack.callback(flower.close)  # before the SuperLink's end, which waits for its connections
         _wait_for(link, flower, state / LOG)

@@ -124,3 +124,21 @@ def test_killing_who_has_ended_already_is_no_error():
     gone = psutil.Process(process.pid)
     process.wait()
     kill([gone])
+
+
+def test_a_process_that_wrote_over_its_environment_is_still_of_the_family():
+    """Ray's agents do: their titles take the room of the first variables."""
+    overwrite = (
+        "import ctypes, time; libc = ctypes.CDLL(None); "
+        "first = ctypes.cast(ctypes.c_void_p.in_dll(libc, 'environ'), ctypes.POINTER(ctypes.c_void_p))[0]; "
+        "ctypes.memset(first, 0, 60); print('done', flush=True); time.sleep(60)"
+    )
+    said = []
+    environment = {"AAA": "x" * 100} | dict(os.environ)
+    child = Child("title", [sys.executable, "-c", overwrite], environment, on_line=said.append)
+    try:
+        wait_for(lambda: said)
+        assert said == ["done"]
+        assert [process.pid for process in family(child.mark)] == [child.pid]
+    finally:
+        child.stop(0)
