@@ -69,6 +69,7 @@ class Resident:
             self._parts.clear()
             self.probed.clear()
             self.scored.clear()
+            self.probed_from = ""
             self._long.clear()
             self._features = FeatureCache()
         return self._model[1]
@@ -103,11 +104,13 @@ class Resident:
         SensitivityError
             Where the probe finds that records' features depend on each other.
         """
-        model = self.model(config, site.device)
+        model, encoder = self.model(config, site.device), self.encoder(trained)
 
         def probed() -> Tensor:
-            with probe.stateless(model.module):
-                probe.check_features(*made_up.features(model))
+            if self.probe_is_due(kind := f"features {part}", encoder):
+                with probe.stateless(model.module):
+                    probe.check_features(*made_up.features(model))
+                self.probed_from = f"{kind} {encoder}"
             if part not in self._long:
                 if longest := made_up.longest(model):
                     probe.check_features(*made_up.features(model, longest))
@@ -115,7 +118,7 @@ class Resident:
             return features(model, examples, config.hardware)
 
         key, parts = self._parts[site.name]  # those that `examples` are of, whatever the files are by now
-        state = f"{self.encoder(trained)} {config.hardware.precision} {key} {parts.references!r}"
+        state = f"{encoder} {config.hardware.precision} {key} {parts.references!r}"
         return self._features.get(f"{site.name} {part}", state, probed)
 
     def encoder(self, trained: Arrays) -> str:

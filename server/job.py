@@ -5,6 +5,7 @@ test.jsonl    the public test set; optional; a folder `test` where its records a
 checkpoints/  the server's state after each round
 attempt.lock  held by the process that plays the run under Flower
 sites/        a simulated run's sites, each with its ledger
+pool/         or its many sites, with one ledger for all
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 from shared.errors import ConfigError
 from shared.run_config import RunConfig, parse
 
-RUN_FILE, CHECKPOINTS, SITES, LOCK = "run.json", "checkpoints", "sites", "attempt.lock"
+RUN_FILE, CHECKPOINTS, SITES, POOL, LOCK = "run.json", "checkpoints", "sites", "pool", "attempt.lock"
 TEST_FILE, TEST_FOLDER = "test.jsonl", "test"
 
 
@@ -29,6 +30,9 @@ class Job:
     sites: int = 0  # how many there are, where it is known: they are waited for, beyond federation.min_sites
     device: str = "auto"
     simulated: bool = False  # its sites lie in its own folder, ledgers and all
+    study: bool = (
+        False  # simulated, and its sites are many: they keep their accounts in one ledger, which proves nothing
+    )
     supervised: bool = False  # a daemon plays it: an attempt that the machine ends is followed by the next
 
 
@@ -57,6 +61,7 @@ def load(folder: Path) -> Job:
         test_set,
         sites=int(values.get("sites", 0)),
         device=str(values.get("device", "auto")),
-        simulated=bool(values.get("simulated", (folder / SITES).is_dir())),
+        simulated=(folder / SITES).is_dir() or (folder / POOL).is_dir(),
+        study=(folder / POOL).is_dir(),
         supervised=bool(values.get("supervised", False)),
     )

@@ -27,13 +27,16 @@ class Ledgers:
         whose answers may be resent under an old number. None in a run's first attempt.
     """
 
-    def __init__(self, history: History, run: str, *, simulated: bool, resumed: Collection[int]) -> None:
+    def __init__(self, history: History, run: str, *, simulated: bool, study: bool, resumed: Collection[int]) -> None:
         self._history, self._run, self._simulated, self._resumed = history, run, simulated, resumed
+        self._study = study
         self._before: dict[str, Ledger] = {}  # of the sites that joined
         self._at_join: dict[str, Ledger] = {}  # of all
+        self._unwritten: dict[str, Ledger] = {}  # of a study's sites, seen and not in the history yet
 
     def look(self, sites: Iterable[JoinReply]) -> None:
         """Read what has been seen so far of these sites' ledgers: call it before a question of a round is sent to them."""
+        self.write()
         self._before |= self._history.ledgers({site.ledger_id for site in sites})
 
     def look_at_all(self) -> None:
@@ -87,7 +90,15 @@ class Ledgers:
 
     def _saw(self, reply: JoinReply | TrainReply | EvaluateReply, dataset: str) -> None:
         seen = Ledger(reply.ledger_id, reply.site, dataset, reply.ledger_number, self._simulated, self._run)
-        self._history.saw_ledgers([seen])
+        self._unwritten[reply.ledger_id] = seen
+        if not self._study:
+            self.write()
+
+    def write(self) -> None:
+        """Write down what has been seen: at once, to outlive this process whatever ends it, but for a study's many ledgers."""
+        if self._unwritten:
+            self._history.saw_ledgers(list(self._unwritten.values()))
+            self._unwritten.clear()
 
 
 def shared_account(replies: Iterable[JoinReply]) -> tuple[str, str] | None:

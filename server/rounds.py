@@ -62,7 +62,7 @@ class Campaign:
         again = last.number + 1 if last else 1
         oldest = max(1, again - self.config.federation.max_staleness) if self.buffered else again
         resumed = range(oldest, again + 1) if attempt > 1 else ()
-        self.ledgers = Ledgers(history, job.run, simulated=job.simulated, resumed=resumed)
+        self.ledgers = Ledgers(history, job.run, simulated=job.simulated, study=job.study, resumed=resumed)
         self.desk = Desk(grid, self._dropped)
         self.asking: tuple[int, Kind] | None = None  # the question that was asked last,
         self.asked: set[int] = set()  # and whom
@@ -243,6 +243,7 @@ def play(campaign: Campaign, number: int, state: ServerState, attempt: int) -> t
     state = campaign.train(number, state, seen)
     campaign.evaluate(number, state, seen)
     seen.participations |= {(part.site, part.kind): part for part in campaign.buffer.pending(number)}
+    campaign.ledgers.write()
     began, campaign.ended = campaign.ended, campaign.clock.now()
     write = partial(checkpoints.write, job.checkpoints, state)
     done = Round(

@@ -128,7 +128,7 @@ class PoolResident(Resident):
 
     def probe_is_due(self, kind: str, arrays: str) -> bool:
         """Once for all sites that train from the same arrays: here they share one engine and one model."""
-        return kind not in self.probed or self.probed_from != f"{kind} {arrays}"
+        return self.probed_from != f"{kind} {arrays}"
 
     def parts(self, site: Site, config: RunConfig) -> Parts:
         """Return the site's records, encoded and split: copied out of the pool."""

@@ -49,6 +49,7 @@ class Played:
             found = job.load(prepare.run_folder(self.run))
             with History.open(self.url) as history:
                 grid = InProcessGrid(app, prepare.nodes(self.run))
+                grid.in_process = False  # `app_of` reads what is written
                 rounds.run(found, grid, history, observer or Log(), engine="in-process")
 
     def play_losing(self, *lost: tuple[str, str, int]) -> None:
