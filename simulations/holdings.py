@@ -79,9 +79,9 @@ def of(scenario: Scenario, column: str | None = None) -> Holdings:
 def _of_a_pool(scenario: Scenario, partition: Partition, column: str | None) -> Holdings:
     held = pool_columns.read(scenario, [column or LABEL])
     shown = column or (LABEL if LABEL in held else partition.by)
+    labels = _shown(shown, held, asked=column is not None)
     made = assign(partition, held, unit=scenario.data.unit_column)
     sites = np.repeat(np.arange(len(made)), np.diff(made.offsets))
-    labels = _shown(shown, held, asked=column is not None)
     values, counts = _count(sites, None if labels is None else labels[made.indices], len(made), scenario)
     return Holdings(
         made.names,
