@@ -89,12 +89,12 @@ class Weather:
     """What becomes of each site and question, drawn from a seed."""
 
     def __init__(self, dynamics: Dynamics, seed: int) -> None:
-        self.dynamics, self._seed = dynamics, seed
+        self.dynamics, self.seed = dynamics, seed
         self._rate = cache(self._rate_of)
 
     def uniform(self, *what: str | int) -> float:
         """Return a number between 0 and 1, both excluded, that belongs to these words."""
-        text = "\0".join(str(each) for each in (self._seed, *what))
+        text = "\0".join(str(each) for each in (self.seed, *what))
         return (int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") + 0.5) / 2**48
 
     def dropped(self, site: str, number: int, kind: Kind, before: int = 0) -> float | None:
