@@ -19,6 +19,7 @@ from shared.arrays import Arrays
 
 A, B = ".lora_A.", ".lora_B."
 NOTHING = 1e-6  # of the largest singular value: below it a direction is float32's rounding
+SAME = 1e-3  # of a row that is left beside others: below it, it is one of them but for rounding
 Matrix = npt.NDArray[np.float64]
 
 
@@ -78,8 +79,8 @@ def moved(iterate: Arrays, pair: Pair, update: npt.NDArray[np.float32], rate: fl
     a, b = _flat(iterate[pair.a]), _flat(iterate[pair.b])
     new_b, new_a = split(b @ a + rate * update.astype(np.float64), a)
     return {
-        pair.a: new_a.reshape(iterate[pair.a].shape).astype(np.float32),
-        pair.b: new_b.reshape(iterate[pair.b].shape).astype(np.float32),
+        name: np.ascontiguousarray(new, np.float32).reshape(iterate[name].shape)
+        for name, new in ((pair.a, new_a), (pair.b, new_b))
     }
 
 
@@ -87,19 +88,30 @@ def split(product: Matrix, before: Matrix) -> tuple[Matrix, Matrix]:
     """Split a product (m, n) into B (m, r) and A (r, n), the best of the rank of `before`, which is A until now.
 
     The rows of A are orthogonal and as long as those of `before` are in the mean, and each row's largest value has the sign
-    plus: the same product has the same factors, whatever it came from. A row for which the product has no direction is one of
-    `before`'s own, made orthogonal, and its column of B is zero: the next round can fill it.
+    plus: the same product has the same factors, whatever it came from. Where the product has fewer directions than A has rows,
+    the others are `before`'s own, made orthogonal, and their columns of B are zero: the next round can fill them.
     """
     rank = len(before)
     left, sizes, right = np.linalg.svd(product, full_matrices=False)
     kept = min(rank, int(np.sum(sizes > NOTHING * sizes[0]))) if sizes[0] > 0 else 0
     length = float(np.sqrt(np.mean(np.sum(before**2, axis=1))))
-    rows = np.linalg.qr(np.vstack([right[:kept], before]).T).Q.T[:rank]
-    rows[:kept] = right[:kept]
+    rows = _completed(right[:kept], before)
     signs = np.where(np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1) < 0, -1.0, 1.0)
     b = np.zeros((len(product), rank))
     b[:, :kept] = left[:, :kept] * sizes[:kept] * signs[:kept, 0] / length
     return b, rows * signs * length
+
+
+def _completed(rows: Matrix, before: Matrix) -> Matrix:
+    """Return as many orthonormal rows as `before` has: these, which are so, and then what of `before` is another direction."""
+    found = list(rows)
+    for candidate in (*before, *np.eye(before.shape[1])) if len(rows) < len(before) else ():
+        rest = candidate
+        for _ in range(2):  # once leaves rounding behind
+            rest = rest - sum((row * (row @ rest) for row in found), np.zeros_like(rest))
+        if len(found) < len(before) and np.linalg.norm(rest) > SAME * np.linalg.norm(candidate):
+            found.append(rest / np.linalg.norm(rest))
+    return np.stack(found)
 
 
 def _flat(array: npt.NDArray[np.float32]) -> Matrix:
