@@ -561,10 +561,16 @@ class RunConfig(Section):
         if phase.server_average:
             raise ValueError(f"training.server_average={phase.server_average:g} averages factors, {why}; set it to 0")
         if self.federation.mode == "buffered":
-            raise ValueError(f"federation.mode='buffered' takes updates of older factors, {why}; set it to 'synchronous'")
+            raise ValueError(
+                f"federation.mode='buffered' takes updates of older factors, {why}; set it to 'synchronous'"
+            )
         if self.federation.aggregation != "mean":
             raise ValueError(
                 f"federation.aggregation={self.federation.aggregation!r} looks at each factor by itself, {why}; set it to 'mean'"
+            )
+        if self.federation.mode == "buffered":
+            raise ValueError(
+                f"federation.mode='buffered' takes updates from several rounds' factors, {why}; set it to 'synchronous'"
             )
         return self
 

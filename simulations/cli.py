@@ -217,7 +217,7 @@ def _print_finished(run: "Run", history: "History", database: str, console: Cons
     if last is None:  # a finished run has rounds
         raise RuntimeError(f"{run.id} finished without a round")
     if style == "json":
-        click.echo(json.dumps(_as_json(run, last, database)))
+        click.echo(json.dumps(_as_json(run, last, database, _simulated_seconds(run, history))))
         return
     if quiet:
         click.echo(run.id)
@@ -225,6 +225,10 @@ def _print_finished(run: "Run", history: "History", database: str, console: Cons
     from server.history.engine import masked, parse_url
 
     console.print(_said(run, last), highlight=False, soft_wrap=True)
+    if (simulated := _simulated_seconds(run, history)) is not None:
+        from server.report.words import duration
+
+        console.print(f"simulated time: {duration(simulated)}", highlight=False)
     console.print(_table(last))
     delta = run.config["privacy"]["delta"]
     for legend in (
@@ -282,7 +286,13 @@ def _epsilon(spent: float, budget: float) -> str:
     return f"{spent:.2f} of {budget:g}" if spent != float("inf") else "∞ (no privacy)"
 
 
-def _as_json(run: "Run", last: "Round", database: str) -> dict[str, Any]:
+def _simulated_seconds(run: "Run", history: "History") -> float | None:
+    """Seconds that the run would have taken; None where its sites' time was not simulated."""
+    told = [done.simulated_seconds for done in history.rounds(run.id) if done.simulated_seconds is not None]
+    return sum(told) if told else None
+
+
+def _as_json(run: "Run", last: "Round", database: str, simulated: float | None) -> dict[str, Any]:
     from server.history.engine import masked, parse_url
 
     def number(value: float) -> float | str:
@@ -298,5 +308,6 @@ def _as_json(run: "Run", last: "Round", database: str) -> dict[str, Any]:
             metric.name: metric.value for metric in last.metrics if metric.scope == "validation" and metric.site is None
         },
         "epsilon": {f"{spend.site}/{spend.part}": number(spend.epsilon) for spend in last.spends},
+        **({} if simulated is None else {"simulated_seconds": simulated}),
         "database": masked(parse_url(database)),
     }

@@ -111,6 +111,10 @@ def line(done: Round) -> str:
         most = max(spends, key=lambda spend: spend.epsilon)
         parts.append(f"ε {most.epsilon:.2f}/{most.budget:g}" if math.isfinite(most.epsilon) else "ε ∞ (no privacy)")
     parts.append(f"{done.seconds:.1f} s")
+    if done.simulated_seconds is not None:
+        from server.report.words import duration
+
+        parts.append(f"{duration(done.simulated_seconds)} simulated")
     up, down = (sum(getattr(item, name) for item in done.participations) for name in ("bytes_up", "bytes_down"))
     parts.append(f"↑ {size(up)} ↓ {size(down)}")
     return "  ".join(parts)

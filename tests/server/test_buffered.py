@@ -31,11 +31,11 @@ def federate(moonflower_home, tiny_scenario):
     return lay_out
 
 
-def steady(site, number, kind):  # noqa: ARG001 - as `Given`'s
+def steady(site, number, kind):
     return SPEEDS[site] if kind == "train" else 0.0
 
 
-def filled(kind, site, number, reply):  # noqa: ARG001 - as `Timed.play`'s
+def filled(kind, site, number, reply):
     """Send an update that is the site's number all over."""
     value = np.float32({"north": 1.0, "south": 10.0, "west": 100.0}[site] * 2.0**-10)
     update = {name: np.full_like(array, value) for name, array in reply.update.items()} if kind == "train" else {}
@@ -120,11 +120,11 @@ def test_no_more_sites_are_at_work_than_the_concurrency(federate):
             super().__init__(0, 0)
             self.at_work, self.most = set(), 0
 
-        def asked(self, number, kind, sites):  # noqa: ARG002 - as an observer's
+        def asked(self, number, kind, sites):
             self.at_work |= set(sites) if kind == "train" else set()
             self.most = max(self.most, len(self.at_work))
 
-        def answered(self, number, kind, site, outcome, error):  # noqa: ARG002 - as an observer's
+        def answered(self, number, kind, site, outcome, error):
             self.at_work.discard(site)
 
     watch = Watch()
@@ -166,7 +166,7 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(federate, tmp_path, n
 
 
 def test_too_few_sites_end_the_run_or_not_as_is_set(federate):
-    def change(kind, site, number, reply):  # noqa: ARG001 - as `Timed.play`'s
+    def change(kind, site, number, reply):
         if kind == "train" and site != "north":
             raise RuntimeError("broken")
 

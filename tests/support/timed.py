@@ -34,7 +34,7 @@ class Given(Weather):
         super().__init__(Dynamics(), 0)
         self._seconds = seconds
 
-    def work(self, site, number, kind, steps):  # noqa: ARG002 - as `Weather`'s
+    def work(self, site, number, kind, steps):
         return float(self._seconds(site, number, kind))
 
 
@@ -104,7 +104,7 @@ class Stop(Log):
     def __init__(self, number, answers):
         self.number, self.left = number, answers
 
-    def answered(self, number, kind, site, outcome, error):  # noqa: ARG002 - as an observer's
+    def answered(self, number, kind, site, outcome, error):
         if number == self.number:
             self.left -= 1
             if self.left == 0:
