@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def answer(resident: Resident, site: Site, kind: Kind, request: Request, randomn
     """
     if not RUN.fullmatch(request.run):
         raise RefusedError("the run's name is not one of letters, digits, '.', '_' and '-', at most 100 of them.")
-    config = _configuration(request)
+    config, digest = _configuration(request.config)
     check_declared(site, config)
     planned = plan.make(config, site.dataset.card())
     policy.check(site.privacy, config, planned, site.dataset.id)
@@ -69,10 +69,10 @@ def answer(resident: Resident, site: Site, kind: Kind, request: Request, randomn
         if site.threads is not None:
             torch.set_num_threads(site.threads)
         if (known := ledger.state(request.run, "plan")) is not None:
-            _same(known, _plan_digest(config, planned), request.run)
+            _same(known, _plan_digest(digest, planned), request.run)
         if isinstance(request, JoinRequest):
             return _join(resident, site, config, planned, request, ledger)
-        return _release(resident, site, config, planned, kind, request, ledger, randomness)
+        return _release(resident, site, config, digest, planned, kind, request, ledger, randomness)
 
 
 def _join(
@@ -106,9 +106,12 @@ def _join(
     )
 
 
-def _configuration(request: Request) -> RunConfig:
+@lru_cache(maxsize=8)
+def _configuration(text: str) -> tuple[RunConfig, str]:
+    """Read a request's configuration, with its digest: the same in every request of a run."""
     try:
-        return RunConfig.model_validate_json(request.config)
+        config = RunConfig.model_validate_json(text)
+        return config, config.digest
     except ValidationError as error:
         raise ConfigError(explain(error, "the request's configuration")) from None
 
@@ -145,8 +148,8 @@ def check_declared(site: Site, config: RunConfig) -> None:
         )
 
 
-def _plan_digest(config: RunConfig, planned: SitePlan) -> bytes:
-    return hashlib.sha256(f"{config.digest}\0{planned!r}".encode()).digest()
+def _plan_digest(configuration: str, planned: SitePlan) -> bytes:
+    return hashlib.sha256(f"{configuration}\0{planned!r}".encode()).digest()
 
 
 def _same(known: bytes, now: bytes, run: str) -> None:
@@ -195,13 +198,17 @@ def _release(
     resident: Resident,
     site: Site,
     config: RunConfig,
+    configuration: str,
     planned: SitePlan,
     kind: Kind,
     request: TrainRequest | EvaluateRequest,
     ledger: Ledger,
     randomness: Randomness,
 ) -> Reply:
-    """Recall the kept answer, or reserve, compute and charge one, and return what the ledger has kept."""
+    """Recall the kept answer, or reserve, compute and charge one, and return what the ledger has kept.
+
+    `configuration` is the digest of `config`.
+    """
     name, digest = messages.request_id(request.run, request.round, kind), messages.request_digest(request)
     reply_kind: type[TrainReply] | type[EvaluateReply] = TrainReply if kind == "train" else EvaluateReply
     part: Part = "train" if kind == "train" else "validation"
@@ -214,7 +221,9 @@ def _release(
             _check_shapes(resident.model(config, site.device), request.arrays)
             if isinstance(request, TrainRequest) and (fault := imbalance.fault(request.weights, config)) is not None:
                 raise RefusedError(fault)
-            _same(ledger.pin(request.run, "plan", now := _plan_digest(config, planned)), now, request.run)
+            _same(
+                ledger.pin(request.run, "plan", decided := _plan_digest(configuration, planned)), decided, request.run
+            )
             _check_split(resident, site, ledger)
             spent = epsilon([*ledger.run_releases(request.run, part), release], config.privacy.delta)
             private = release.noise_multiplier > 0
