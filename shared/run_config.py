@@ -568,10 +568,6 @@ class RunConfig(Section):
             raise ValueError(
                 f"federation.aggregation={self.federation.aggregation!r} looks at each factor by itself, {why}; set it to 'mean'"
             )
-        if self.federation.mode == "buffered":
-            raise ValueError(
-                f"federation.mode='buffered' takes updates from several rounds' factors, {why}; set it to 'synchronous'"
-            )
         return self
 
     @model_validator(mode="after")
