@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +68,14 @@ def refused(call, *arguments, **settings):
 
 def test_every_kind_has_settings_here():
     assert set(KINDS) == set(SETTINGS) == set(partitioners.REMEDY) | {"by-column"}
+
+
+def test_the_guide_names_every_kind_with_its_settings():
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "partitions.md").read_text(encoding="utf-8")
+    for kind, (needed, optional) in SETTINGS.items():
+        [line] = [line for line in guide.splitlines() if line.startswith("| ") and f"`{kind}`" in line.split("|")[1]]
+        assert all(f"`{name}`" in line.split("|")[3] for name in (*needed, *optional)), kind
+    assert ", ".join(map(str, SIZES)) in guide.replace("\n", " ")
 
 
 @pytest.mark.parametrize("kind", KINDS)
