@@ -128,7 +128,7 @@ def sweep(
         folder.mkdir(parents=True, exist_ok=True)
         with locks.hold(folder / "sweep.lock", f"sweep {found.id}"):
             left = len(plan.places) - len(playing.completed(history, found.id))
-            at_once = places.jobs(left, jobs)
+            at_once = places.jobs(left, plan.device, jobs)
             failed = _play(history, found.id, plan, at_once, console, resume_with=_again(found.id, database))
         made = results.read(history, found.id, plan, metric, failed)
         shown = masked(parse_url(database))

@@ -1,6 +1,7 @@
-"""Where a sweep keeps its locks and its runs' output, and what of the machine its processes may use."""
+"""Where a sweep keeps its locks and its runs' output, and what of the machine its runs may use."""
 
 import os
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import psutil
 from shared.paths import home
 
 CGROUP = Path("/sys/fs/cgroup")
-A_RUN = 3 * 2**30  # bytes of memory for one run: a small Transformer with its optimiser and a site's batch
+SMI = ("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")  # a line a GPU, in MiB
+A_RUN = (
+    3 * 2**30
+)  # bytes of memory, and of a GPU's, for one run: a small Transformer with its optimiser and a site's batch
 
 
 def folder(sweep: str) -> Path:
@@ -35,7 +39,28 @@ def memory() -> int:
     return found
 
 
-def jobs(runs: int, asked: int | None = None) -> int:
-    """How many runs at once: as asked, or one a core where memory allows."""
-    at_once = asked or min(cores(), memory() // A_RUN)
-    return max(1, min(at_once, runs))
+def gpus(device: str) -> dict[int, int]:
+    """Give the free bytes of each GPU that runs on `device` may use, by its number; none without NVIDIA's driver."""
+    if not device.startswith(("auto", "cuda")):
+        return {}
+    try:
+        asked = subprocess.run(SMI, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603 - our own words
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    free = {
+        number: int(line) * 2**20 for number, line in enumerate(asked.stdout.splitlines()) if line.strip().isdigit()
+    }
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = list(free) if shown is None else [int(each) for each in shown.split(",") if each.strip().isdigit()]
+    visible = [number for number in visible if number in free]
+    named = device.partition(":")[2]
+    if named.isdigit():
+        visible = visible[int(named) : int(named) + 1]
+    return {number: free[number] for number in visible}
+
+
+def jobs(runs: int, device: str, asked: int | None = None) -> int:
+    """How many runs at once: as asked, or one a core where memory allows, the GPUs' too."""
+    held = gpus(device)
+    room = min(cores(), memory() // A_RUN, *([sum(free // A_RUN for free in held.values())] if held else []))
+    return max(1, min(asked or room, runs))

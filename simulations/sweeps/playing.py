@@ -31,6 +31,7 @@ class Playing:
     place: Place
     child: Child
     lines: deque[str] = field(repr=False)
+    gpu: int | None
 
     def reason(self, code: int) -> str:
         """Say why it ended with this code."""
@@ -54,6 +55,8 @@ class Sweeping:
         done = completed(history, sweep)
         self._waiting = deque(place for place in plan.places if place not in done)
         self._running: list[Playing] = []
+        # Runs take the GPUs in turn; one that is named is the same for all.
+        self._gpus = list(places.gpus(plan.device)) if plan.device == "auto" else []
         self.failed: dict[Place, str] = {}
         threads = max(1, places.cores() // jobs)
         given = os.environ.get("OMP_NUM_THREADS", "")
@@ -97,8 +100,10 @@ class Sweeping:
         lines = deque[str](maxlen=KEPT)
         log = places.folder(self._sweep) / f"{place[0]}-{place[1]}.log"
         command = [sys.executable, "-P", "-m", "simulations.sweeps.trial", self._sweep, *map(str, place)]
-        child = Child(f"cell {place[0]}, seed {place[1]}", command, self._environment, on_line=_writer(log, lines))
-        return Playing(place, child, lines)
+        gpu = min(self._gpus, key=lambda each: sum(run.gpu == each for run in self._running), default=None)
+        environment = self._environment | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+        child = Child(f"cell {place[0]}, seed {place[1]}", command, environment, on_line=_writer(log, lines))
+        return Playing(place, child, lines, gpu)
 
     def _ended(self, playing: Playing, code: int, watch: Watch) -> None:
         playing.child.stop(0)  # what it left running, and its last lines
