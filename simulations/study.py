@@ -2,7 +2,8 @@
 
 Nobody's privacy rests on it. So it goes without what guards a real one and takes time: a change is not flushed to the disk
 (it outlives a killed process, not a power failure), no counter stands beside the file, and nothing is reserved, because one
-worker answers for a site at a time. What is spent is counted by the same code, and the limits are the same.
+worker answers for a site at a time. What is spent is counted by the same code, and the limits are the same. Each account is
+marked, and refused wherever a site's own is asked for.
 """
 
 import sqlite3
@@ -19,8 +20,6 @@ from client.site import Site
 from shared import accounting
 from shared.accounting import Release
 
-MARK = "study"  # the kind of state that marks an account
-
 
 class StudyLedger(Ledger):
     """One site's account; get it from `Study.ledger`."""
@@ -34,7 +33,7 @@ class StudyLedger(Ledger):
             with transaction(path, connection):
                 order = accounting.best_order(policy.max_epsilon, policy.delta)
                 header = opening.new_account(connection, dataset.id, policy.delta, order, dataset.unit)
-                connection.execute("INSERT INTO states VALUES (?, '', ?, ?)", [dataset.id, MARK, b"marked"])
+                opening.mark_a_study(connection, dataset.id)
         ledger = cls(path, connection, header, policy.max_epsilon, policy.max_releases)
         ledger._read_on()
         return ledger

@@ -15,7 +15,7 @@ from client.privacy import ledger_count, ledger_owner
 from client.privacy.events import PARTS, Part, Reservation, Spend, question_of, release_of
 from client.privacy.ledger_count import BrokenCountError
 from client.privacy.ledger_file import connect, one_name, said_in_one_line, transaction
-from client.privacy.opening import find, last_events, refuse_a_lost_event, refuse_a_lost_file
+from client.privacy.opening import find, last_events, refuse_a_lost_event, refuse_a_lost_file, refuse_a_study
 from shared import accounting, ledger_chain
 from shared.accounting import Release
 from shared.errors import ConfigError, DatabaseError, DataError, NotFoundError
@@ -65,6 +65,7 @@ class Account:
         """
         account = cls._found(path, dataset, to_write=False)
         try:
+            refuse_a_study(account.path, account._connection)
             refuse_a_lost_event(account.path, account._connection)
         except BaseException:
             account.close()

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, Literal, Protocol, Self
 
 import torch
-from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 from torch import Tensor, nn
 
 from client.privacy.noise import Grid
@@ -227,9 +226,11 @@ class Booked:
 class Opacus:
     """Opacus's hooks, and guards against what they get wrong without a word."""
 
-    hooks: Callable[..., Any] = GradSampleHooks
+    hooks = "GradSampleHooks"  # of opacus.grad_sample
 
     def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        from opacus import grad_sample  # a second or two that one-pass, which comes first, goes without
+
         self._parameters = parameters
         self._records = 0
         self._calls: dict[str, int] = {}
@@ -239,7 +240,7 @@ class Opacus:
         # Opacus's hooks need no gradient of a layer's input, and frozen layers below have none.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         try:
-            self._hooks = self.hooks(module, loss_reduction="sum", strict=True)
+            self._hooks = getattr(grad_sample, self.hooks)(module, loss_reduction="sum", strict=True)
         except NotImplementedError as error:
             self._handles.close()
             raise SensitivityError(f"this model has no per-record gradients: {str(error).splitlines()[0]}") from None
@@ -320,7 +321,7 @@ class Hooked(Opacus):
 class Ghost(Opacus):
     """Opacus's norms, then a second backward pass of the weighted losses."""
 
-    hooks = GradSampleHooksFastGradientClipping
+    hooks = "GradSampleHooksFastGradientClipping"
 
     def add(self, objective: Objective, clipping: Clipping, sums: dict[str, Tensor]) -> Tensor:
         """Add the clipped gradients; see `Gradients.add`."""

@@ -113,6 +113,7 @@ class Ledger(Account):
         connection = connect(path)
         try:
             with transaction(path, connection):
+                opening.refuse_a_study(path, connection)
                 header = opening.find(connection, dataset)
                 if header is None:
                     order = best if order is None else order

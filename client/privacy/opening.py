@@ -14,6 +14,7 @@ from shared.errors import DatabaseError, DataError
 from shared.run_config import PrivacyUnit
 
 _UNIT = "WHERE dataset = ? AND run = '' AND kind = 'unit'"
+_STUDY = ("", "study")  # among a ledger's states: of no run
 
 
 def find(connection: sqlite3.Connection, dataset: str) -> dict[str, Any] | None:
@@ -42,6 +43,26 @@ def new_account(
         connection.execute("INSERT INTO states VALUES (?, '', 'unit', ?)", [dataset, unit.encode()])
         header["unit"] = unit
     return header
+
+
+def mark_a_study(connection: sqlite3.Connection, dataset: str) -> None:
+    """Mark an account as a simulation's: it is charged as a site's own is, and no promise rests on it."""
+    connection.execute("INSERT INTO states VALUES (?, ?, ?, ?)", [dataset, *_STUDY, b"marked"])
+
+
+def refuse_a_study(path: Path, connection: sqlite3.Connection) -> None:
+    """Refuse a simulation's ledger where a site's is asked for.
+
+    Raises
+    ------
+    DatabaseError
+        Naming the file.
+    """
+    if connection.execute("SELECT 1 FROM states WHERE run = ? AND kind = ? LIMIT 1", _STUDY).fetchone():
+        raise DatabaseError(
+            f"The ledger {path} is a simulated study's: no promise rests on it, and nothing is stated of it. What its sites "
+            "spent: `moonflower history spends RUN`."
+        )
 
 
 def refuse_shared_records(connection: sqlite3.Connection, dataset: str, apart_from: frozenset[str]) -> None:
