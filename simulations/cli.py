@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from server.history.records import Round, Run
     from server.history.store import History
 
+SITES_SHOWN = 20  # of the last table; the history has them all
 SUPERLINK = "moonflower"  # the connection's name in Flower's config.toml, as docs/guides/flower-engine.md has it
 
 
@@ -230,6 +231,9 @@ def _print_finished(run: "Run", history: "History", database: str, console: Cons
 
         console.print(f"simulated time: {duration(simulated)}", highlight=False)
     console.print(_table(last))
+    more = len({spend.site for spend in last.spends}) - SITES_SHOWN
+    if more > 0:
+        console.print(f"and {more:,} sites more", highlight=False)
     delta = run.config["privacy"]["delta"]
     for legend in (
         f"ε: spent of the run's budget, at δ = {delta:g}, by training and by validation records",
@@ -262,8 +266,10 @@ def _table(last: "Round") -> Table:
     for name in ("site", "noise", "ε train", "ε valid.", f"valid. {title(first)}"):
         table.add_column(name, no_wrap=True)
     spends = {(spend.site, spend.part): spend for spend in last.spends}
-    for site in sorted({spend.site for spend in last.spends}):
-        score = next((m for m in last.metrics if (m.scope, m.site, m.name) == ("validation", site, first)), None)
+    scores = {metric.site: metric for metric in last.metrics if (metric.scope, metric.name) == ("validation", first)}
+    sites = sorted({spend.site for spend in last.spends})
+    for site in sites[:SITES_SHOWN]:
+        score = scores.get(site)
         trained, validated = spends.get((site, "train")), spends.get((site, "validation"))
         table.add_row(
             site,

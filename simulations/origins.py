@@ -15,12 +15,11 @@ from client import data
 from client.site import Dataset
 from server.job import TEST_FILE, TEST_FOLDER
 from shared import records, tasks
-from shared.errors import ConfigError, DataError
+from shared.errors import ConfigError
 from shared.media import Clip, Image
 from shared.record_files import FILE_NAME, MEDIA, METADATA
-from shared.record_tables import FORMATS
 from simulations import vader
-from simulations.pool_columns import POOL
+from simulations.pool_columns import POOL, find, path
 from simulations.scenario import Scenario
 
 
@@ -93,8 +92,8 @@ class Folder:
         self._layout = scenario.data.layout()
         self._in_files = any(column.kind in MEDIA for column in self._task.columns.values())
         names = [site.name for site in scenario.sites] if scenario.partition is None else [POOL]
-        self._sites = {name: self._needed(name) for name in names}
-        self._test = self._find("test")
+        self._sites = {name: path(scenario, name) for name in names}
+        self._test = find(self._folder, "test")
         for _ in self._test_records():
             pass  # each is looked at
 
@@ -127,22 +126,6 @@ class Folder:
     def _test_records(self) -> Iterator[records.Record]:
         if self._test is not None:
             yield from records.each(self._test, self._task, self._layout, identified=False)
-
-    def _needed(self, name: str) -> Path:
-        found = self._find(name)
-        if found is None:
-            raise DataError(
-                f"{self._folder} holds no records of {name!r}; data.folder needs, for each site, one SITE.jsonl, .csv, .parquet "
-                "or .arrow, or a folder SITE."
-            )
-        return found
-
-    def _find(self, name: str) -> Path | None:
-        places = [self._folder / name, *(self._folder / f"{name}{suffix}" for suffix in FORMATS)]
-        found = [place for place in places if place.exists()]
-        if len(found) > 1:
-            raise DataError(f"{found[0]} and {found[1]} are both there; keep one.")
-        return found[0] if found else None
 
 
 def _row(sentence: vader.Sentence) -> dict[str, Any]:

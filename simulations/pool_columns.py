@@ -55,17 +55,29 @@ def path(scenario: Scenario, name: str = POOL) -> Path:
         Where there is none, or two.
     """
     folder = scenario.data.folder or Path()
+    found = find(folder, name)
+    if found is None:
+        needed = (
+            f" one {POOL}.jsonl, .csv, .parquet or .arrow, or a folder {POOL}, for its [partition]"
+            if name == POOL
+            else ", for each site, one SITE.jsonl, .csv, .parquet or .arrow, or a folder SITE"
+        )
+        raise DataError(f"{folder} holds no records of {name!r}; data.folder needs{needed}.")
+    return found
+
+
+def find(folder: Path, name: str) -> Path | None:
+    """Return the file or folder of this name, in whichever form it is there.
+
+    Raises
+    ------
+    DataError
+        Where it is there in two.
+    """
     found = [place for place in (folder / name, *(folder / f"{name}{suffix}" for suffix in FORMATS)) if place.exists()]
     if len(found) > 1:
         raise DataError(f"{found[0]} and {found[1]} are both there; keep one.")
-    if not found and name == POOL:
-        raise DataError(
-            f"{folder} holds no pool; with [partition], data.folder needs one pool.jsonl, .csv, .parquet or .arrow, or a "
-            "folder pool."
-        )
-    if not found:
-        raise DataError(f"{folder} holds no records of {name!r}; data.folder needs them for each site.")
-    return found[0]
+    return found[0] if found else None
 
 
 def read(scenario: Scenario, wished: Collection[str] = ()) -> dict[str, list[str]]:

@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import tomli_w
 
+from server.history.records import Checkpoint, Metric, Round, Spend
 from server.history.store import History
 from shared.cli import main
+from simulations.cli import SITES_SHOWN, _table
 
 FAST = ("--rounds", "1", "--set", "warm_start.rounds=0", "--set", "refit.rounds=0")
 
@@ -239,3 +242,14 @@ def test_a_user_in_a_shell_gets_one_line_and_code_2(moonflower_home):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "Error: vader.toml: privacy.epsilon=0 must be above 0.\n"
+
+
+def test_the_last_table_of_thousands_of_sites_is_short_and_not_late():
+    names = [f"site-{number:05d}" for number in range(20_000)]
+    spends = tuple(Spend(name, name, "train", 1.0, 1e-5, 2.0, 0.1, 1, 8.0) for name in names)
+    metrics = tuple(Metric("validation", name, "accuracy", 0.5) for name in names)
+    checkpoint = Checkpoint("0" * 64, 1)
+    last = Round("r", 1, 1, "training", datetime.now(UTC), 1.0, checkpoint, (), metrics, spends)
+    table = _table(last)
+    assert (table.row_count, list(table.columns[0].cells)) == (SITES_SHOWN, names[:SITES_SHOWN])
+    assert set(table.columns[4].cells) == {"0.500"}

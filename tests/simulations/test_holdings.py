@@ -188,7 +188,7 @@ def said(call, *arguments):
 
 def test_a_pool_that_cannot_be_read_is_named(described, tmp_path):
     asked = EVEN | {"column": "town"}
-    assert "holds no pool; with [partition], data.folder needs one pool.jsonl" in said(holdings.of, described())
+    assert "holds no records of 'pool'; data.folder needs one pool.jsonl" in said(holdings.of, described())
     lines(tmp_path / "pool.jsonl", [row(0)])
     assert "pool.jsonl, row 1: column 'town' is missing among 'key', 'body', 'mood'" in said(
         holdings.of, described(asked)
