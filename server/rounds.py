@@ -150,7 +150,9 @@ class Campaign:
         question = Question("evaluate", number, request, EvaluateReply)
         total, variance = np.zeros(0), 0.0
         self.desk.look()
-        for answer in self._ask(question, {node: site.site for node, site in sorted(self.roster.able().items())}):
+        able = self.roster.able()
+        chosen = selection.select_to_evaluate(self.config, number, able)
+        for answer in self._ask(question, {node: able[node].site for node in chosen}):
             reply, error = answer.reply, self._checked(answer, number, number, seen)
             if reply is not None and error is None:
                 counts = replies.counts(reply, self.model.task)

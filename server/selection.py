@@ -8,12 +8,20 @@ from shared.run_config import RunConfig
 
 
 def select(config: RunConfig, number: int, sites: dict[int, JoinReply]) -> list[int]:
-    """Return the nodes of round `number`: all, or a draw by the run's seed, the same after a restart."""
+    """Return the nodes that train in round `number`: all, or a draw by the run's seed, the same after a restart."""
+    return _drawn(f"{config.seed}/{number}", config.federation.sites_per_round, sites)
+
+
+def select_to_evaluate(config: RunConfig, number: int, sites: dict[int, JoinReply]) -> list[int]:
+    """Return the nodes that score what round `number` published: another draw than of those that train."""
+    return _drawn(f"{config.seed}/{number}/evaluate", config.evaluation.sites_per_round, sites)
+
+
+def _drawn(seed: str, wanted: int | None, sites: dict[int, JoinReply]) -> list[int]:
     nodes = sorted(sites, key=lambda node: sites[node].site)
-    wanted = config.federation.sites_per_round
     if wanted is None or wanted >= len(nodes):
         return nodes
-    drawn = random.Random(f"{config.seed}/{number}").sample(nodes, wanted)  # noqa: S311 - selection protects nothing
+    drawn = random.Random(seed).sample(nodes, wanted)  # noqa: S311 - selection protects nothing
     return sorted(drawn, key=lambda node: sites[node].site)
 
 

@@ -464,6 +464,7 @@ class Evaluation(Section):
     """What is scored, and how often. Sites release one noisy histogram in each evaluated round."""
 
     every: Count = 1  # rounds between the sites' releases; the last round always has one
+    sites_per_round: Count | None = None  # drawn by the run's seed in each evaluated round; None: all that joined
     confidence_bins: int = Field(10, ge=1, le=100)
     quick_records: int = Field(0, ge=0)  # public test records scored between the first and last round; 0: all
     generated_records: int = Field(0, ge=0)  # public test records that the model writes an answer to, in the last round

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from server import selection
 from shared.messages import JoinReply
-from shared.run_config import RunConfig
+from shared.run_config import Evaluation, RunConfig
 
 NODES = st.lists(st.integers(1, 2**63), min_size=1, max_size=12, unique=True)
 
@@ -60,6 +60,16 @@ def test_draws_change_with_the_round_and_the_seed_and_reach_everyone():
     assert {node for drawn in rounds for node in drawn} == set(sites)
     other = [tuple(selection.select(config(1, sites_per_round=3), n, sites)) for n in range(1, 60)]
     assert other != rounds
+
+
+def test_who_scores_a_round_is_another_draw_of_as_many_as_are_wanted():
+    sites = joined(range(1, 11))
+    settings = config(sites_per_round=3).model_copy(update={"evaluation": Evaluation(sites_per_round=3)})
+    scoring = [tuple(selection.select_to_evaluate(settings, n, sites)) for n in range(1, 60)]
+    assert {len(drawn) for drawn in scoring} == {3}
+    assert {node for drawn in scoring for node in drawn} == set(sites)
+    assert scoring != [tuple(selection.select(settings, n, sites)) for n in range(1, 60)]
+    assert len(selection.select_to_evaluate(config(sites_per_round=3), 1, sites)) == 10
 
 
 def test_weights_are_one_or_the_declared_size_over_the_largest():
