@@ -83,6 +83,7 @@ class _File(RunConfig):
     policy: _Policy = _Policy()
     sites: tuple[_PlannedSite, ...] = Field((), strict=False)
     partition: dict[str, Any] | None = None  # how large its sites are is in the data, which no plan reads
+    dynamics: dict[str, Any] | None = None  # a plan is for those who take part
 
 
 def read(path: Path | None, options: Options) -> PlanRequest:

@@ -189,6 +189,16 @@ def test_a_file_at_fault_is_one_line(tmp_path):
         assert "\n" not in str(refused.value)
 
 
+def test_a_scenario_of_a_pool_is_planned_for_the_sizes_that_are_given(tmp_path):
+    many = VADER.with_name("vader-many.toml")
+    with pytest.raises(ConfigError, match=r"those of a \[partition\], with --records N"):
+        make(Options(), many)
+    planned = make(Options(records=["small=50", "large=500"]), many)
+    config = scenario.load("vader-many", {}).run_config()
+    for row, size in zip(planned.sites, (50, 500), strict=True):
+        assert row.noise == plan.make(config, plan.DatasetCard(row.site, size, 0.1)).phases["training"].noise_multiplier
+
+
 def test_noise_that_the_run_would_refuse_is_planned_and_said():
     planned = make(Options(records=["20000"], rounds=2000, rate=1.0, epsilon=1.0))
     assert planned.sites[0].noise > 20
