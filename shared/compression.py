@@ -30,7 +30,7 @@ MARKS = {"float16": b"f16 ", "int8": b"int8", "top-k": b"topk"}
 MARK = 4  # bytes
 LEVELS = 127  # of int8, on either side of 0
 TOP = 15  # float16: the largest value comes to between 2^14 and 2^15 scales, below the largest float16 of 65,504
-CHUNK = 2**16  # values at a time: the temporaries stay in the processor's cache
+CHUNK = 2**14  # values at a time: the temporaries stay in the processor's cache
 MOST_PLACES = 2**32  # that a number of 32 bits can tell apart
 
 
@@ -164,7 +164,7 @@ def _int8(values: Values, block: int, words: Words) -> list[npt.NDArray[np.gener
         below = np.floor(steps)
         drawn = words((part.size + 1) // 2).view("<u4")[: part.size]
         below += (drawn + 0.5) * 2.0**-32 < steps - below
-        codes[first * block : first * block + part.size] = np.where(np.signbit(part), -below, below)
+        codes[first * block : first * block + part.size] = np.copysign(below, part)
     return [scales, codes]
 
 
