@@ -8,7 +8,7 @@ that is trained stay float32, and what is computed is as precise as it is withou
 import logging
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -90,22 +90,40 @@ class Packed(nn.Module):
 
 @contextmanager
 def installed_code_only() -> Iterator[None]:
-    """Import bitsandbytes in here, or peft, which imports it where it is installed.
+    """Import bitsandbytes in here.
 
     Where the package `kernels` is installed, bitsandbytes would fetch compiled code from a hub and run it; a site runs the code
     that is installed on it, and no other.
     """
     advice = logging.getLogger("bitsandbytes")  # to install just that package
-    level, known = advice.level, "kernels" in sys.modules
+    level = advice.level
     advice.setLevel(logging.ERROR)
+    try:
+        with _hidden("kernels"):
+            yield
+    finally:
+        advice.setLevel(level)
+
+
+def apart_from_peft() -> AbstractContextManager[None]:
+    """Import peft in here: it would bring bitsandbytes along, seconds before anything is trained, and nothing of ours needs that.
+
+    What is packed is packed by `pack`, in layers that peft does not know.
+    """
+    return _hidden("bitsandbytes")
+
+
+@contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Make a package one that cannot be found, unless it was imported before."""
+    known = package in sys.modules
     if not known:
-        sys.modules["kernels"] = None  # type: ignore[assignment]
+        sys.modules[package] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        advice.setLevel(level)
         if not known:
-            del sys.modules["kernels"]
+            del sys.modules[package]
 
 
 def pack(encoder: nn.Module, moving: Collection[str], name: str) -> None:

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from shared.errors import ModelError
 from shared.models import places
 from shared.models.networks import Network
-from shared.models.quantised import installed_code_only
+from shared.models.quantised import apart_from_peft
 from shared.run_config import Model
 
 GROUPS = {
@@ -29,7 +29,7 @@ def adapt(module: Network, model: Model, head: str | None) -> None:
     """
     if model.trainable != "lora":
         return
-    with installed_code_only():
+    with apart_from_peft():
         from peft import LoraConfig, inject_adapter_in_model
 
     lora = model.lora
@@ -51,7 +51,8 @@ def adapt(module: Network, model: Model, head: str | None) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # it is mended there
-            inject_adapter_in_model(settings, encoder)
+            with apart_from_peft():  # it looks again as it puts the first adapter in
+                inject_adapter_in_model(settings, encoder)
     except ValueError:
         linear = sorted({name.rpartition(".")[2] for name in places.linear(encoder)})
         raise ModelError(

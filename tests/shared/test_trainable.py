@@ -1,6 +1,7 @@
 """Choosing what is trained, over families of architectures: adapters, last layers, biases, a base of four bits."""
 
 import builtins
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -326,3 +327,22 @@ def test_a_layer_of_any_shape_is_packed_and_its_gradient_is_that_of_its_weight(r
     gradient = torch.autograd.grad(packed(x).square().sum(), x)[0]
     expected = torch.autograd.grad(nn.functional.linear(x, weight, linear.bias).square().sum(), x)[0]
     assert torch.allclose(gradient, expected)
+
+
+@needs_bitsandbytes
+def test_adapters_are_put_in_without_bitsandbytes_and_opacus_which_take_seconds_to_import() -> None:
+    code = """
+import sys
+import client.privacy.engine
+from shared.models.trainable import adapt
+from shared.run_config import Model
+import families
+network = families.network("bert")
+adapt(network, Model(name="tiny", trainable="lora"), None)
+assert any("lora_B" in name for name, _ in network.named_parameters())
+assert not {"bitsandbytes", "opacus"} & set(sys.modules), set(sys.modules)
+import bitsandbytes
+"""
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=dict(os.environ) | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    )
