@@ -114,6 +114,14 @@ def test_a_site_answers_a_question_once_and_no_more_than_was_planned(federate):
     assert all(spend.epsilon <= spend.budget for _, spend in spends)
 
 
+def test_a_round_that_waits_on_does_not_ask_anew_who_has_answered(federate):
+    settings = {"federation.deadline": 2.0, "federation.on_shortfall": "wait"}
+    federation = federate(2, size=3, **settings)
+    federation.play(weather=Given(steady), change=filled)
+    assert [each[:3] for each in federation.took_part()] == [(n, site, "ok") for n in (1, 2) for site in NAMES]
+    assert moves(federation) == pytest.approx([111 / 3], rel=1e-4)
+
+
 def test_no_more_sites_are_at_work_than_the_concurrency(federate):
     class Watch(Stop):
         def __init__(self):

@@ -53,7 +53,7 @@ class Federation(InProcessGrid):
         waiting = {self._waiting[i].metadata.dst_node_id: i for i in message_ids if i in self._waiting}
         self.seen.append(len(waiting))
         ready = [node for node in (self.order or sorted(waiting)) if node in waiting and node not in self.silent]
-        return super().pull_messages([waiting[node] for node in ready])
+        return super().pull_messages([waiting[node] for node in ready[:1]])
 
 
 def question(**settings):
@@ -295,6 +295,26 @@ def test_a_node_that_was_started_anew_is_asked_again(monkeypatch):
     asking.join(10)
     assert sorted(outcomes(answers)) == [(1, "ok"), (2, "ok")]
     assert [node for node, *_ in grid.pushed] == [1, 2, 2]
+    assert dropped == []
+
+
+def test_whoever_stops_listening_has_the_rest_later_and_what_lasts_is_kept_meanwhile():
+    grid = wild(nodes=(1, 2, 3, 4))
+    desk, dropped = desk_of(grid)
+    desk.look()
+    lasting = question()
+    desk.lasting.update({node: (lasting, f"site-{node}") for node in (1, 2, 3)})
+    heard = []
+    for asked, answer in desk.hear(desk.lasting, desk.clock.now() + 5):
+        heard.append((asked.number, answer.node))
+        break
+    next_one = Question("train", 3, REQUEST, TrainReply)
+    assert outcomes(desk.ask(next_one, named([4]), 5)) == [(4, "ok")]
+    assert desk.collect() == []
+    assert set(desk.lasting) == {2, 3}
+    heard += [(asked.number, answer.node) for asked, answer in desk.hear(desk.lasting, desk.clock.now() + 5)]
+    assert heard == [(2, 1), (2, 2), (2, 3)]
+    assert [node for node, *_ in grid.pushed] == [1, 2, 3, 4]
     assert dropped == []
 
 
