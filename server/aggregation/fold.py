@@ -18,6 +18,8 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from server.aggregation import kernel
+from server.aggregation.kernel import Kernel
 from shared.arrays import Arrays
 from shared.errors import MoonflowerError
 
@@ -101,6 +103,7 @@ class Fold:
         self._weight = Fraction(0)
         size = sum(len(block.sums) for block in self._blocks)
         wanted = min(MOST_THREADS, len(os.sched_getaffinity(0))) if threads is None else threads
+        self._kernel = kernel.compiled() if size >= WORTH else None
         self._shares = _shares(self._blocks, wanted if size >= WORTH else 1)
 
     def add(self, update: Arrays, weight: float = 1.0, factor: float = 1.0) -> None:
@@ -115,7 +118,7 @@ class Fold:
             raise UpdateError("the update's arrays are not the ones that were asked for.")
         flat = {name: np.ravel(array) for name, array in update.items()}
         scale = Scale(self._scale.digits, self._scale.largest, weight * factor)
-        added = self._side_by_side(partial(_add, flat, scale), self._shares)
+        added = self._side_by_side(partial(_add, flat, scale, self._kernel), self._shares)
         bad = [share[count] for share, count in zip(self._shares, added, strict=True) if count < len(share)]
         if bad:
             sound = [share[:count] for share, count in zip(self._shares, added, strict=True)]
@@ -149,19 +152,30 @@ def fault(name: str, values: npt.NDArray[np.float32], largest: float) -> str | N
     return f"the update of {name!r} is not finite."
 
 
-def _add(flat: Arrays, scale: Scale, share: Sequence[Block]) -> int:
+def _add(flat: Arrays, scale: Scale, loops: Kernel | None, share: Sequence[Block]) -> int:
     """Add an update to blocks up to the first where it is unsound; return how many that are."""
     narrow, wide = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float64)
-    with np.errstate(invalid="ignore"):
-        for count, block in enumerate(share):
-            values = flat[block.name][block.part]
-            low, high = float(values.min()), float(values.max())
-            if not (-scale.largest <= low and high <= scale.largest):  # nor where they are no numbers
-                return count
-            steps = scale.steps(values, narrow, wide)
-            block.make_room(math.ldexp(max(-low, high) * scale.weight, scale.digits) + 1)
-            block.sums += steps
+    step = math.ldexp(scale.weight, scale.digits)
+    for count, block in enumerate(share):
+        values = flat[block.name][block.part]
+        largest = _largest(values, loops)
+        if not largest <= scale.largest:  # nor where it is no number
+            return count
+        block.make_room(largest * step + 1)
+        if loops is None:
+            block.sums += scale.steps(values, narrow, wide)
+        else:
+            loops.add(values, block.sums, step)
     return len(share)
+
+
+def _largest(values: npt.NDArray[np.float32], loops: Kernel | None) -> float:
+    """Return the largest of values without their sign; what is no number, if one is."""
+    if loops is not None:
+        return float(np.int32(loops.largest(values.view(np.int32))).view(np.float32))
+    with np.errstate(invalid="ignore"):
+        low, high = float(values.min()), float(values.max())
+    return high if math.isnan(high) else max(-low, high)
 
 
 def _take_back(flat: Arrays, scale: Scale, share: Sequence[Block]) -> int:

@@ -117,10 +117,18 @@ def large(seed):
     return {"a": flat[:170_000].reshape(1000, 170), "b": flat[170_000:]}
 
 
-@pytest.mark.parametrize("threads", [2, 3, 8])
-def test_threads_change_no_bit_and_a_bad_value_anywhere_leaves_nothing_behind(monkeypatch, threads):
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_threads_and_machine_code_change_no_bit_and_a_bad_value_anywhere_leaves_nothing_behind(
+    monkeypatch, threads, compiled
+):
+    one = Fold(large(0), threads=1)
     monkeypatch.setattr(fold_module, "WORTH", 1)
-    one, several = Fold(large(0), threads=1), Fold(large(0), threads=threads)
+    if not compiled:
+        monkeypatch.setattr(fold_module.kernel, "compiled", lambda: None)
+    several = Fold(large(0), threads=threads)
+    assert one._kernel is None
+    assert (several._kernel is None) == (not compiled)
     assert len(several._shares) == threads
     for seed, weight in ((0, 1.0), (1, 0.3), (2, 1.0)):
         one.add(large(seed), weight)
