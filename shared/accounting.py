@@ -166,6 +166,7 @@ def calibrate(steps: Sequence[PlannedSteps], epsilon: float, delta: float) -> fl
     return 0.0 if math.isinf(epsilon) else _calibrated(tuple(steps), epsilon, delta)
 
 
+@lru_cache(maxsize=4096)
 def rdp(release: Release, order: int) -> float:
     """Rényi divergence of integer `order` between the releases on neighbouring data; inf without noise.
 

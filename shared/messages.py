@@ -11,7 +11,7 @@ import io
 import json
 import re
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 from typing import Any, Literal, TypeVar, get_type_hints
 
@@ -221,7 +221,7 @@ def from_record(record: RecordDict, *kinds: type[Any]) -> Any:
     if values is None or kind is None:
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise MessageError(f"expected {expected}, received {name!r}.")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     wanted: set[str] = {item.name for item in fields(kind)}
     shapes = {item + SHAPES for item in wanted if hints[item] in (Arrays, Update)}
     held = (set(record) | set(values)) - {"values", "message"} - shapes
@@ -247,6 +247,11 @@ def _checked(record: Held, *kinds: type[Any]) -> Any:
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise MessageError(f"expected {expected}, received {type(message).__name__!r}.")
     return message
+
+
+@cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _apart(field: str, record: ArrayRecord, shapes: object) -> Arrays:
@@ -310,7 +315,10 @@ def implausible(reply: JoinReply | TrainReply | EvaluateReply) -> str | None:
         if reply.unit not in UNITS:
             return f"the reply's unit={reply.unit[:32]!r} is none of {', '.join(UNITS)}."
     else:
-        words = {"mechanism": (reply.mechanism, MECHANISMS), "noise_source": (reply.noise_source, NOISE_SOURCES)}
+        words: dict[str, tuple[str, tuple[str, ...]]] = {
+            "mechanism": (reply.mechanism, MECHANISMS),
+            "noise_source": (reply.noise_source, NOISE_SOURCES),
+        }
         if isinstance(reply, TrainReply):
             words["gradients"] = (reply.gradients, GRADIENTS)
         for name, (word, known) in words.items():
@@ -377,7 +385,7 @@ def from_bytes(data: bytes, *kinds: type[M]) -> M:
             arguments[item] = array
     name = arguments.pop("message")
     kind = next(kind for kind in kinds if kind.__name__ == name)
-    for item, hint in get_type_hints(kind).items():
+    for item, hint in _hints(kind).items():
         if hint in (Arrays, Update):
             arguments.setdefault(item, {})
     return kind(**arguments)

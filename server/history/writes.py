@@ -112,12 +112,16 @@ def commit_round(session: Session, round: Round) -> None:
 def saw_ledgers(session: Session, ledgers: Sequence[Ledger]) -> None:
     """Remember how far ledgers are, and by whom they were seen so last; what was seen further on stays, whoever writes."""
     dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
-    for ledger in ledgers:
-        values = {**vars(ledger), "run_id": ledger.run}
-        new = dialect.insert(LedgerRow).values({name: values[name] for name in values if name != "run"})
-        further = new.excluded.number >= LedgerRow.number
+    rows = [
+        {name: value for name, value in (vars(each) | {"run_id": each.run}).items() if name != "run"}
+        for each in ledgers
+    ]
+    if rows:
+        table: Any = LedgerRow.__table__
+        new = dialect.insert(table)
         now = {name: new.excluded[name] for name in ("site", "dataset", "number", "run_id")}
-        session.execute(new.on_conflict_do_update(index_elements=[LedgerRow.id], set_=now, where=further))
+        further = new.excluded.number >= table.c.number
+        session.execute(new.on_conflict_do_update(index_elements=[table.c.id], set_=now, where=further), rows)
 
 
 def add_event(session: Session, run_id: str, level: str, text: str) -> None:
