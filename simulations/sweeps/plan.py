@@ -121,7 +121,8 @@ class Plan:
                     made = self.of(cell, seed)
                 except ConfigError as error:
                     raise ConfigError(f"cell {cell.number} ({cell.name}), seed {seed}: {error}") from None
-                text = made.model_copy(update={"data": _anywhere(made)}).model_dump_json()
+                # Without defaults: a Moonflower that knows more settings goes on with the sweep.
+                text = made.model_copy(update={"data": _anywhere(made)}).model_dump_json(exclude_defaults=True)
                 if text in seen:
                     raise ConfigError(
                         f"cell {cell.number} ({cell.name}) is the same as cell {seen[text].number} ({seen[text].name}); "

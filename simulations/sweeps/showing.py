@@ -20,6 +20,7 @@ from simulations.sweeps.plan import Plan
 from simulations.sweeps.results import Results, Row
 
 FILES = ("sweep.json", "sweep.csv")
+OWN = ("cell", "rounds", "seconds", "runs")  # columns
 
 
 def print_table(results: Results, console: Console) -> None:
@@ -121,9 +122,11 @@ def write(results: Results, database: str, folder: Path) -> list[Path]:
 
 
 def short_keys(plan: Plan) -> list[str]:
-    """Name the grid's keys by their last parts, where these differ."""
+    """Name the grid's keys by their last parts, where these differ from each other and from the table's own columns."""
     last = [key.rpartition(".")[2] for key in plan.grid]
-    return last if len(set(last)) == len(last) else list(plan.grid)
+    return [
+        name if last.count(name) == 1 and name not in OWN else key for name, key in zip(last, plan.grid, strict=True)
+    ]
 
 
 def _counted(results: Results) -> str:

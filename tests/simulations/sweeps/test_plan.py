@@ -113,6 +113,7 @@ def test_the_same_command_is_the_same_sweep_from_anywhere_and_another_is_not(
     monkeypatch.chdir(tiny_scenario.parent)
     assert plan("epsilon=1,8", seeds="0,1", file="tiny.toml") == first
     assert plan("epsilon=1,8", seeds="0,1", file="tiny.toml").digest == first.digest
+    assert plan("epsilon=1,8", seeds="2", settings=["privacy.noise=gaussian"]).digest == first.digest  # the default
     others = [
         plan("privacy.epsilon=1,3", seeds="2"),
         plan("privacy.epsilon=1,8", seeds="3"),
