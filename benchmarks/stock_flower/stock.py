@@ -29,10 +29,11 @@ def arrays(model: models.LoadedModel) -> ArrayRecord:
     return ArrayRecord({name: state[name] for name in model.exchanged})
 
 
-def texts(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def texts(model: models.LoadedModel, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Give a batch as large as a site's expected one."""
     count = config.training.batch_size or 8
-    ids = torch.randint(1000, 20000, (count, config.task.max_length))
+    words = len(model.processor)
+    ids = torch.randint(words // 30, words * 2 // 3, (count, config.task.max_length))
     return ids, torch.ones_like(ids), torch.randint(0, 2, (count,))
 
 
@@ -55,9 +56,12 @@ def train(message: Message, context: Context) -> Message:
     """Take the run's local steps."""
     model, config = load(context)
     model.module.load_state_dict(message.content["arrays"].to_torch_state_dict(), strict=False)
-    ids, mask, labels = texts(config)
+    ids, mask, labels = texts(model, config)
     trained = [parameter for name, parameter in model.module.named_parameters() if name in model.trainable]
     optimizer = torch.optim.SGD(trained, lr=config.training.learning_rate)
+    if first := str(context.run_config["first"]):
+        with Path(first).open("a", encoding="utf-8") as file:
+            file.write(f"{time.time()}\n")
     for _ in range(config.training.local_steps):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model.module(ids, mask), labels).backward()
@@ -71,7 +75,7 @@ def evaluate(message: Message, context: Context) -> Message:
     """Score a batch."""
     model, config = load(context)
     model.module.load_state_dict(message.content["arrays"].to_torch_state_dict(), strict=False)
-    ids, mask, labels = texts(config)
+    ids, mask, labels = texts(model, config)
     with torch.no_grad():
         right = (model.module(ids, mask).argmax(1) == labels).float().mean()
     metrics = MetricRecord({"accuracy": float(right), "num-examples": len(ids)})
