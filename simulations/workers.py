@@ -1,7 +1,6 @@
 """Worker processes for an in-process Grid: each keeps one model, and sites take their turns in it.
 
-A question goes to a worker as the name of a file, which every worker maps into its memory once, whatever the number of
-sites that it answers for; a reply comes back over a pipe. Two messages at a time are at a worker, so that it has the next
+A question lies in memory once, which every worker maps into its own, whatever the number of sites that it answers for; a reply comes back over a pipe. Two messages at a time are at a worker, so that it has the next
 one when it is done. Who answers for which site changes no bit of the answer: a site's randomness is its own, and what a
 worker keeps can be made again.
 """
@@ -12,7 +11,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -21,7 +19,7 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -37,11 +35,11 @@ log = logging.getLogger("moonflower.simulation")
 
 AHEAD = 2  # messages at a worker: one under way, and the next
 LEAVE = 5.0  # seconds until a worker that does not end is ended
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where files are memory
 ALIGNED = 64  # bytes that an array's place is a multiple of
 
 AppOf = Callable[[], ClientApp]  # picklable: it runs in the worker
-Task = tuple[str, int, NodeConfig, str, str]  # message's id, node, its configuration, message's type, request's file
+Question = tuple[int, str]  # its number, and the file that it can be read from
+Task = tuple[str, int, NodeConfig, str, Question]  # message's id, node, its configuration, message's type
 
 
 class WorkerGrid(InProcessGrid):
@@ -71,9 +69,6 @@ class WorkerGrid(InProcessGrid):
         self._devices = devices
         self._workers: list[_Worker] = []
         self._done: deque[Message] = deque()
-        self._folder = tempfile.TemporaryDirectory(
-            prefix="moonflower-", dir=SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
-        )
 
     def __enter__(self) -> Self:
         self._workers = [self._start(device) for device in self._devices]
@@ -86,7 +81,6 @@ class WorkerGrid(InProcessGrid):
             worker.leave()
         for worker in self._workers:
             worker.end()
-        self._folder.cleanup()
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return a reply to one of these messages: wait for the first that is there, or return none where none is under way."""
@@ -105,7 +99,7 @@ class WorkerGrid(InProcessGrid):
         for worker in sorted(self._workers, key=lambda each: len(each.under_way)):
             while self._waiting and len(worker.under_way) < AHEAD:
                 message = self._waiting.pop(next(iter(self._waiting)))
-                worker.ask(message, self._nodes[message.metadata.dst_node_id], self._file(message.content))
+                worker.ask(message, self._nodes[message.metadata.dst_node_id], self._question(message.content))
 
     def _hear(self) -> None:
         """Wait for what the first worker says; one that died is replaced, and what it had gets an error for an answer."""
@@ -124,16 +118,18 @@ class WorkerGrid(InProcessGrid):
                 worker.end()
                 self._workers[number] = self._start(self._devices[number])
 
-    def _file(self, content: RecordDict) -> str:
-        """Return the file of a question, which is there for as long as the question is."""
+    def _question(self, content: RecordDict) -> Question:
+        """Return where a question is: in memory that this process holds for as long as it holds the question."""
         if not isinstance(content, Held):
             raise TypeError("workers are asked by what stays on its machine")
-        if "file" not in content.__dict__:
-            path = Path(self._folder.name) / f"question-{next(self._numbers)}"
-            _write(path, content.message)
-            content.__dict__["file"] = str(path)
-            weakref.finalize(content, path.unlink, missing_ok=True)
-        return str(content.__dict__["file"])
+        if "question" not in content.__dict__:
+            memory = os.memfd_create("moonflower-question")
+            weakref.finalize(content, os.close, memory)
+            with os.fdopen(memory, "wb", closefd=False) as stream:
+                _write(stream, content.message)
+            content.__dict__["question"] = next(self._numbers), f"/proc/{os.getpid()}/fd/{memory}"
+        found: Question = content.__dict__["question"]
+        return found
 
 
 class _Worker:
@@ -148,11 +144,11 @@ class _Worker:
         self._process.start()
         theirs.close()
 
-    def ask(self, message: Message, config: NodeConfig, file: str) -> None:
+    def ask(self, message: Message, config: NodeConfig, question: Question) -> None:
         """Give it a message."""
         to = message.metadata
         self.under_way[to.message_id] = message
-        task: Task = (to.message_id, to.dst_node_id, config, to.message_type, file)
+        task: Task = (to.message_id, to.dst_node_id, config, to.message_type, question)
         with suppress(OSError):  # it has died: `hear` finds out
             self.pipe.send(task)
 
@@ -198,12 +194,12 @@ def _work(pipe: Connection, app_of: AppOf, threads: int, run_id: int, device: st
     torch.set_num_threads(threads)
     app, contexts = app_of(), dict[int, Context]()
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, SUPERLINK_NODE_ID, 1
-    held: tuple[str, Held] | None = None
+    held: tuple[int, Held] | None = None
     with suppress(EOFError, OSError):  # the parent has gone, or has closed the pipe
         while True:
-            key, node, config, kind, file = pipe.recv()
-            if held is None or held[0] != file:
-                held = file, Held(_read(Path(file)))
+            key, node, config, kind, (number, file) = pipe.recv()
+            if held is None or held[0] != number:
+                held = number, Held(_read(Path(file)))
             message = Message(held[1], node, kind)
             context = contexts.get(node) or Context(run_id, node, config, state=RecordDict(), run_config={})
             reply, error = None, None
@@ -217,17 +213,16 @@ def _work(pipe: Connection, app_of: AppOf, threads: int, run_id: int, device: st
             pipe.send_bytes(pickle.dumps((key, reply, error), protocol=5))
 
 
-def _write(path: Path, message: Any) -> None:
+def _write(stream: BinaryIO, message: Any) -> None:
     """Write a message as `_read` maps it: a pickle, and its arrays' values apart from it."""
     buffers: list[pickle.PickleBuffer] = []
     head = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
     raws = [buffer.raw() for buffer in buffers]
     index = pickle.dumps((head, [len(raw) for raw in raws]))
-    with path.open("wb") as stream:
-        stream.write(len(index).to_bytes(8, "little") + index)
-        for raw in raws:
-            stream.write(bytes(-stream.tell() % ALIGNED))
-            stream.write(raw)
+    stream.write(len(index).to_bytes(8, "little") + index)
+    for raw in raws:
+        stream.write(bytes(-stream.tell() % ALIGNED))
+        stream.write(raw)
 
 
 def _read(path: Path) -> Any:

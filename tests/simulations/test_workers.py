@@ -103,10 +103,11 @@ def test_a_worker_that_dies_is_replaced_and_its_messages_are_answered_by_errors(
     assert "a worker died (exit code -9)" in caplog.text
 
 
-def test_a_questions_arrays_are_mapped_as_they_are_and_its_file_goes_with_it(tmp_path: Path) -> None:
+def test_a_questions_arrays_are_mapped_as_they_are_and_nobody_writes_to_anothers(tmp_path: Path) -> None:
     arrays = {"a": np.arange(7, dtype=np.float32), "b": np.zeros((0, 3), np.float32), "c": np.ones((2, 3), np.float32)}
     request = TrainRequest("run", "{}", 4, arrays)
-    workers._write(tmp_path / "question", request)
+    with (tmp_path / "question").open("wb") as stream:
+        workers._write(stream, request)
     read = workers._read(tmp_path / "question")
     assert (read.run, read.config, read.round) == ("run", "{}", 4)
     assert all(np.array_equal(read.arrays[name], arrays[name]) for name in arrays)
