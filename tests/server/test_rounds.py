@@ -757,3 +757,58 @@ def test_a_site_whose_budget_another_run_spends_meanwhile_is_exhausted_and_the_f
 
 def scenario_config(federation):
     return job.load(prepare.run_folder(federation.run)).config
+
+
+RULES = {
+    "factors trained": {
+        "model.lora.train_a": True,
+        "model.lora.rank": 2,
+        "training.server_optimizer": "fedavg",
+        "training.server_average": 0.0,
+    },
+    "median and Yogi": {
+        "federation.aggregation": "median",
+        "federation.min_sites": 3,
+        "training.server_optimizer": "fedyogi",
+        "training.proximal": 0.3,
+    },
+    "a norm's bound and Adagrad": {
+        "federation.aggregation": "norm-bound",
+        "federation.norm_bound": 0.2,
+        "training.server_optimizer": "fedadagrad",
+    },
+}
+
+
+@pytest.mark.parametrize("settings", RULES.values(), ids=RULES)
+def test_a_run_of_any_rule_stopped_and_resumed_ends_as_if_it_had_not_been(federate, settings, tmp_path):
+    whole = federate(**settings)
+    stopped = whole.copy(tmp_path / "stopped")
+    whole.play()
+    for when, number in (("answer 2", 3), ("committed", 3)):
+        with pytest.raises(KeyboardInterrupt):
+            stopped.play(Stop(when, number))
+    stopped.play()
+    assert stopped.digests() == whole.digests()
+    assert stopped.spent() == whole.spent()
+    assert {path.suffix for path in job.load(prepare.run_folder(whole.run)).checkpoints.iterdir()} == {".safetensors"}
+
+
+def test_a_hostile_site_moves_a_mean_and_not_a_median(federate):
+    """A median of three is between two of them, and two are honest."""
+    phases = {"warm_start.rounds": 1, "training.rounds": 0, "refit.rounds": 0, "federation.min_sites": 3}
+    optimizer = {"warm_start.server_optimizer": "fedavg"}
+    mean = federate(**phases, **optimizer)
+    median = federate(**phases, **optimizer, **{"federation.aggregation": "median"})
+    moved = {}
+
+    def hostile(kind, node, record):
+        return with_update(record, lambda a: a * 0 + np.float32(5.0)) if kind == "train" and node == 3 else None
+
+    for name, federation in (("mean", mean), ("median", median)):
+        federation.play(app_of=tampered(hostile))
+        state = checkpoints.read(job.load(prepare.run_folder(federation.run)).checkpoints, federation.digests()[0])
+        moved[name] = np.abs(state.iterate["head.weight"]).max()
+        assert federation.outcomes()[1, "west"][0] == "ok"
+    assert moved["mean"] > 1.5  # a third of what was sent
+    assert moved["median"] < 0.5
