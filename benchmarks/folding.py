@@ -26,7 +26,7 @@ from flwr.app import Array, ArrayRecord, Message, Metadata, MetricRecord, Record
 from flwr.app.message import make_message
 from flwr.serverapp.strategy import FedAvg
 
-from server.aggregation import Fold
+from server.aggregation import Fold, kernel
 from shared.arrays import Arrays
 from shared.ledger_chain import NO_HEAD
 from shared.messages import TrainReply, from_record, to_record
@@ -105,6 +105,7 @@ def average(kinds: list[Arrays], count: int) -> tuple[float, float]:
 def measured(work: Callable[[list[Arrays], int], tuple[float, float]], count: int) -> Measured:
     """Measure in this process."""
     kinds = updates()
+    kernel.compiled()  # a process does it once
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, busy = work(kinds, count)
     return wall, busy, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
@@ -162,7 +163,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
-    print(f"{cores} processors, {platform.system()}, Python {platform.python_version()}, numpy {np.__version__}.")
+    how = "numpy alone" if kernel.compiled() is None else "numba"
+    print(
+        f"{cores} processors, {platform.system()}, Python {platform.python_version()}, numpy {np.__version__}; ours with {how}."
+    )
     print(f"{SIZE:,} parameters in {len(SHAPES)} arrays; medians of {given.repetitions}; ms of an update.\n")
     print(
         "| updates | ours ms | Flower ms | ratio | ours, processors' ms | Flower, processors' ms | ours MB | Flower MB |"
