@@ -221,7 +221,7 @@ def from_record(record: RecordDict, *kinds: type[Any]) -> Any:
     if values is None or kind is None:
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise MessageError(f"expected {expected}, received {name!r}.")
-    hints = _hints(kind)
+    hints = _hints(kind.__name__)
     wanted: set[str] = {item.name for item in fields(kind)}
     shapes = {item + SHAPES for item in wanted if hints[item] in (Arrays, Update)}
     held = (set(record) | set(values)) - {"values", "message"} - shapes
@@ -250,7 +250,9 @@ def _checked(record: Held, *kinds: type[Any]) -> Any:
 
 
 @cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
+def _hints(name: str) -> dict[str, Any]:
+    """Return the types of a message's fields, by its name."""
+    kind = next(kind for kind in (*REQUESTS.values(), *REPLIES) if kind.__name__ == name)
     return get_type_hints(kind)
 
 
@@ -385,7 +387,7 @@ def from_bytes(data: bytes, *kinds: type[M]) -> M:
             arguments[item] = array
     name = arguments.pop("message")
     kind = next(kind for kind in kinds if kind.__name__ == name)
-    for item, hint in _hints(kind).items():
+    for item, hint in _hints(kind.__name__).items():
         if hint in (Arrays, Update):
             arguments.setdefault(item, {})
     return kind(**arguments)
