@@ -7,6 +7,7 @@ import signal
 import statistics
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from shared.processes import alive
 T = 12.7062047364  # 97.5 % point of Student's t with one degree of freedom
 GRID = ("--grid", "privacy.epsilon=2,8", "--grid", "training.local_steps=1,2", "--seeds", "2")
 CELLS = {1: (2, 1), 2: (2, 2), 3: (8, 1), 4: (8, 2)}
-ROUNDS = 5
+ROUNDS = 6
 SHORT = ("--set", "training.rounds=1")
 SMALL = ("--set", "model.trainable=head", "--set", f"training.rounds={ROUNDS}", "--jobs", "2")
 PATIENCE = 600.0
@@ -51,6 +52,12 @@ def half_done(federation: Federation) -> list[str]:
         for (run,) in federation.asked("SELECT id FROM runs WHERE status = 'running'")
         if 0 < federation.committed(run) < ROUNDS - 1
     ]
+
+
+def signal_all(processes: list[psutil.Process], order: signal.Signals) -> None:
+    for each in processes:
+        with suppress(psutil.NoSuchProcess):  # a run that has just ended
+            each.send_signal(order)
 
 
 def kill(process: subprocess.Popen[str]) -> float:
@@ -86,9 +93,14 @@ def test_a_sweep_killed_at_any_point_goes_on_and_runs_each_cell_once(federation:
     federation.wait_for(lambda: federation.asked("SELECT run_id FROM trials"), "first run")
     kill(process)  # it was entered, and not begun
     process = federation.start(*command)
-    federation.wait_for(lambda: half_done(federation) and finished(federation), "half-done run beside a done one")
-    process.send_signal(signal.SIGSTOP)
-    halves, done = half_done(federation), finished(federation)
+    while True:
+        federation.wait_for(lambda: half_done(federation) and finished(federation), "half-done run beside a done one")
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        signal_all(family, signal.SIGSTOP)
+        halves, done = half_done(federation), finished(federation)
+        if halves:  # still: they can no longer move
+            break
+        signal_all(family, signal.SIGCONT)
     kill(process)
     attempts = {run: len(federation.attempts(run)) for run in done}
 
