@@ -14,9 +14,9 @@ import numpy as np
 import psutil
 import pytest
 
-from client.site import open_ledger
 from client.node.node import check_address
 from client.node.runtime import Runtime, RuntimeApiError
+from client.site import open_ledger
 from shared import models
 from shared.errors import ConfigError
 from shared.messages import JoinRequest, TrainRequest
