@@ -11,7 +11,7 @@ import io
 import json
 import re
 from dataclasses import dataclass, field, fields
-from functools import cache, cached_property
+from functools import cached_property
 from math import prod
 from typing import Any, Literal, TypeVar, get_type_hints
 
@@ -221,7 +221,7 @@ def from_record(record: RecordDict, *kinds: type[Any]) -> Any:
     if values is None or kind is None:
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise MessageError(f"expected {expected}, received {name!r}.")
-    hints = _hints(kind.__name__)
+    hints = _hints(kind)
     wanted: set[str] = {item.name for item in fields(kind)}
     shapes = {item + SHAPES for item in wanted if hints[item] in (Arrays, Update)}
     held = (set(record) | set(values)) - {"values", "message"} - shapes
@@ -249,11 +249,14 @@ def _checked(record: Held, *kinds: type[Any]) -> Any:
     return message
 
 
-@cache
-def _hints(name: str) -> dict[str, Any]:
-    """Return the types of a message's fields, by its name."""
-    kind = next(kind for kind in (*REQUESTS.values(), *REPLIES) if kind.__name__ == name)
-    return get_type_hints(kind)
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    """Return the types of a message's fields, worked out once."""
+    if kind not in _HINTS:
+        _HINTS[kind] = get_type_hints(kind)
+    return _HINTS[kind]
+
+
+_HINTS: dict[type[Any], dict[str, Any]] = {}
 
 
 def _apart(field: str, record: ArrayRecord, shapes: object) -> Arrays:
@@ -387,7 +390,7 @@ def from_bytes(data: bytes, *kinds: type[M]) -> M:
             arguments[item] = array
     name = arguments.pop("message")
     kind = next(kind for kind in kinds if kind.__name__ == name)
-    for item, hint in _hints(kind.__name__).items():
+    for item, hint in _hints(kind).items():
         if hint in (Arrays, Update):
             arguments.setdefault(item, {})
     return kind(**arguments)

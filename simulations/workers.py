@@ -139,6 +139,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a fork would take torch's threads and the keystreams along
         self.pipe, theirs = context.Pipe()
         self.under_way: dict[str, Message] = {}
+        self._mapped: dict[str, memoryview] = {}  # the worker's memory for replies
         values = (theirs, app_of, threads, run_id, device, os.getpid())
         self._process = context.Process(target=_work, args=values, name="site worker", daemon=True)
         self._process.start()
@@ -160,9 +161,20 @@ class _Worker:
         EOFError, OSError
             Where the worker has died.
         """
-        key, reply, error = pickle.loads(self.pipe.recv_bytes())  # noqa: S301 - our own process's
+        key, head, places, file, error = self.pipe.recv()
         message = self.under_way.pop(key)
-        return Message(Held(reply), reply_to=message) if error is None else stand_in(message, error)
+        if error is not None:
+            return stand_in(message, error)
+        # Copied: the worker writes the reply after the next one to the same place.
+        buffers = [bytearray(self._memory(file)[start:end]) for start, end in places]
+        return Message(Held(pickle.loads(head, buffers=buffers)), reply_to=message)  # noqa: S301 - our own process's
+
+    def _memory(self, file: str) -> memoryview:
+        """Return a file of the worker's memory, mapped into this process's; the one before has gone."""
+        if file not in self._mapped:
+            with Path(file).open("rb") as stream:
+                self._mapped = {file: memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))}
+        return self._mapped[file]
 
     def exit_code(self) -> int | None:
         """Return how it ended, if it has."""
@@ -195,6 +207,7 @@ def _work(pipe: Connection, app_of: AppOf, threads: int, run_id: int, device: st
     app, contexts = app_of(), dict[int, Context]()
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, SUPERLINK_NODE_ID, 1
     held: tuple[int, Held] | None = None
+    out = _Outgoing()
     with suppress(EOFError, OSError):  # the parent has gone, or has closed the pipe
         while True:
             key, node, config, kind, (number, file) = pipe.recv()
@@ -210,7 +223,42 @@ def _work(pipe: Connection, app_of: AppOf, threads: int, run_id: int, device: st
                 let_interrupts_through(failed)
                 log.exception("the ClientApp of node %d failed", node)
                 error = type(failed).__name__
-            pipe.send_bytes(pickle.dumps((key, reply, error), protocol=5))
+            pipe.send((key, *out.put(reply), error))
+
+
+class _Outgoing:
+    """A worker's memory for replies: as many places as it can be ahead, used in turn."""
+
+    def __init__(self) -> None:
+        self._size, self._turn, self._file = 0, 0, ""
+        self._mapped: mmap.mmap | None = None
+        self._descriptor = -1
+
+    def put(self, reply: Any) -> tuple[bytes, list[tuple[int, int]], str]:
+        """Write a reply's arrays; return the rest of it as a pickle, where the arrays lie, and in which file."""
+        buffers: list[pickle.PickleBuffer] = []
+        head = pickle.dumps(reply, protocol=5, buffer_callback=buffers.append)
+        raws = [buffer.raw() for buffer in buffers]
+        needed = sum(len(raw) + ALIGNED for raw in raws)
+        if needed > self._size:
+            self._grow(needed)
+        self._turn = (self._turn + 1) % AHEAD
+        places, place = [], self._turn * self._size
+        for raw in raws:
+            place += -place % ALIGNED
+            if self._mapped is not None:
+                self._mapped[place : place + len(raw)] = raw
+            places.append((place, place + len(raw)))
+            place += len(raw)
+        return head, places, self._file
+
+    def _grow(self, size: int) -> None:
+        """Take a larger file; the old one stays for whoever has mapped it, and for a reply in it that is not read yet."""
+        self._size = size
+        self._descriptor = os.memfd_create("moonflower-replies")
+        os.ftruncate(self._descriptor, size * AHEAD)
+        self._mapped = mmap.mmap(self._descriptor, size * AHEAD)
+        self._file = f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
 
 def _write(stream: BinaryIO, message: Any) -> None:

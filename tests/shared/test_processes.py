@@ -107,8 +107,9 @@ def test_a_child_dies_with_its_parent_and_what_it_left_is_found_by_its_mark(tmp_
     )
     assert parent.stdout is not None
     assert parent.stdout.readline() == b"ready\n"
-    wait_for(lambda: len(family(mark)) == 2)
-    child = next(process for process in family(mark) if process.cmdline() == ["sleep", "60"])
+    asleep = lambda: [each for each in family(mark) if each.cmdline() == ["sleep", "60"]]  # noqa: E731
+    wait_for(lambda: len(family(mark)) == 2 and bool(asleep()))  # it has become its command
+    child = asleep()[0]
     parent.kill()
     parent.wait()
     parent.stdout.close()

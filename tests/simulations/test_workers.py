@@ -1,6 +1,7 @@
 """Worker processes: which of them answers changes no bit, and one that dies costs its own messages and no more."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -80,8 +81,7 @@ def test_a_worker_that_dies_is_replaced_and_its_messages_are_answered_by_errors(
     class Killer(Log):
         def asked(self, number: int, kind: Any, sites: list[str]) -> None:
             if (number, kind) == (2, "train"):
-                (first, *_) = [each for each in psutil.Process().children() if "spawn_main" in " ".join(each.cmdline())]
-                first.kill()
+                multiprocessing.active_children()[0].kill()
                 killed.set()
 
     with caplog.at_level(logging.ERROR), History.open(pools.history_of(tmp_path)) as history:

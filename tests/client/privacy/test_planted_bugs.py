@@ -214,15 +214,15 @@ def test_noise_divided_by_the_batch_is_caught(new_desk: Desks, planted: Planted)
         return float(chi2.cdf(high / factor**2, apart.size) - chi2.cdf(low / factor**2, apart.size))
 
     assert accepts(apart)
-    noise = "steps.noise_multiplier) / steps.divisor"
-    for number, wrong in enumerate(
+    noise, divisor = "noisy.noised(summed, steps.noise_multiplier)", "phase.learning_rate / steps.divisor"
+    for number, (right, wrong) in enumerate(
         (
-            "steps.noise_multiplier / steps.divisor) / steps.divisor",
-            "steps.noise_multiplier / max(1, len(drawn))) / steps.divisor",
-            "steps.noise_multiplier) / max(1, len(drawn))",
+            (noise, "noisy.noised(summed, steps.noise_multiplier / steps.divisor)"),
+            (noise, "noisy.noised(summed, steps.noise_multiplier / max(1, len(drawn)))"),
+            (divisor, "phase.learning_rate / max(1, len(drawn))"),
         )
     ):
-        with planted(training.train, noise, wrong):
+        with planted(training.train, right, wrong):
             apart, _ = difference_of_releases(new_desk, f"wrong-{number}")
             assert not accepts(apart)
     assert max(miss(1 / 80), miss(4.0)) < 1e-300
