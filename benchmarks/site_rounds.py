@@ -7,7 +7,7 @@
 The set-up is that of pfl-research's own image benchmark (benchmarks/image_classification, configs/baseline.yaml and
 femnist.yaml): `simple_cnn` with 1.2 million parameters, 50 records a site, one local epoch of batches of 10, plain SGD at 0.1, the
 mean of 50 sites a round. All sides begin with the same weights, hold the same records in the same partition, run the same
-module (`peers/cnn.py`) in float32, and evaluate nothing. pfl runs under torchrun where there are several processes, Flower on its Ray
+module (`peers/cnn.py`), the peers in float32 and ours in the precision that `auto` chooses, and evaluate nothing. pfl runs under torchrun where there are several processes, Flower on its Ray
 simulation engine with a core a client.
 
 Ours does what a deployment does besides: policy, plan, request digests, a ledger that is charged before each answer, checkpoints
