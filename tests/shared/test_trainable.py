@@ -207,7 +207,9 @@ def test_one_pass_gives_what_a_loop_gives(family: str, settings: dict[str, Any],
     scale = max(float(part.norm()) for part in loop.values())
     assert scale > 0
     for name, part in loop.items():
-        assert float((engine[name] - part).norm()) <= 1e-3 * scale, name  # the engine clips by 1.001 x the norm
+        assert float((engine[name] - part).norm()) <= 2e-3 * scale, (
+            name
+        )  # the engine clips by 1.001 x the norm: half of that, before rounding
 
 
 # -- four bits -----------------------------------------------------------------------------------------------------
